@@ -1,0 +1,199 @@
+"""Configuration: frozen groups, read once, resolved once, handed down as the smallest piece needed.
+
+The command line, its help and `LLM(...)` keywords are generated from these fields, so a flag exists
+exactly once. This is the only room that reads the environment. Nothing here touches torch or a
+device: what depends on a model or on free memory is settled in the engine process, which reports it
+back when it is ready (`channel.Ready`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pagedserve.errors import StartupError
+
+DEMO_MODEL = str(Path(__file__).parent / "demo")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] | None = None, low: float | None = None
+) -> Any:
+    """A config field with its help text, its choices and its lowest allowed value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which weights, and how they are held."""
+
+    model: str = option(DEMO_MODEL, "directory or hub id of the model; the bundled demo if left out")
+    revision: str | None = option(None, "branch, tag or commit of a hub model")
+    tokenizer: str | None = option(None, "directory of the tokenizer, if not the model's own")
+    skip_tokenizer_init: bool = option(False, "load no tokenizer: token ids in, token ids out")
+    served_model_name: str | None = option(None, "name clients use; the model's own if left out")
+    chat_template: str | None = option(None, "file with a Jinja chat template to use instead")
+    dtype: str = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU", choices=DTYPES)
+    device: str = option("auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"))
+    load_format: str = option(
+        "auto", "dummy: random weights of the right shapes", choices=("auto", "safetensors", "dummy")
+    )
+    max_model_len: int | None = option(
+        None, "longest sequence in tokens; what the model and memory allow if left out", low=1
+    )
+    seed: int = option(0, "seed of dummy weights and of requests that bring none", low=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """The block-allocated KV cache."""
+
+    block_size: int = option(16, "tokens in a KV block", low=1)
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory that the server may use", low=0.01
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None, "size of the KV cache; planned from free memory if left out", low=1
+    )
+    num_gpu_blocks_override: int | None = option(
+        None, "number of KV blocks, on any device, instead of a size", low=1
+    )
+    enable_prefix_caching: bool = option(True, "reuse KV blocks of equal prompt beginnings")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """How sequences share the device."""
+
+    max_num_seqs: int = option(256, "sequences computed at a time", low=1)
+    max_num_batched_tokens: int = option(8192, "tokens computed in one step", low=1)
+    async_scheduling: bool | None = option(
+        None, "launch a step before the last one's tokens are seen; on by default on a GPU"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """The HTTP side."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 picks a free one", low=0)
+    api_key: str | None = option(None, "key that clients must send (or set PAGEDSERVE_API_KEY)")
+    max_body_bytes: int = option(16 << 20, "longest request body", low=1024)
+    shutdown_timeout: float = option(
+        30.0, "seconds that running requests get to finish after Ctrl-C or SIGTERM", low=0
+    )
+    access_log: bool = option(False, "log every HTTP request")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """All groups together."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Config:
+        """Build from flat names (`LLM` keywords, parsed flags). Raises StartupError on a bad one."""
+        groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+        where = {option.name: group for group, option in each_option()}
+        for name, value in options.items():
+            if name not in where:
+                raise StartupError(f"there is no option {name!r}", param=name)
+            groups[where[name]][name] = value
+        built: dict[str, Any] = {name: GROUPS[name](**values) for name, values in groups.items()}
+        config = cls(**built)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raise StartupError for a value outside its range."""
+        for group, option_ in each_option():
+            value = getattr(getattr(self, group), option_.name)
+            check_value(option_, value)
+        if self.cache.gpu_memory_utilization > 1:
+            raise StartupError("gpu_memory_utilization must be at most 1")
+        if self.server.port > 65535:
+            raise StartupError("port must be at most 65535")
+
+    def to_builtins(self) -> dict[str, Any]:
+        """Flat names and builtins, to cross a process boundary; `from_options` is the inverse."""
+        return {
+            option.name: getattr(getattr(self, group), option.name)
+            for group, option in each_option()
+        }
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "cache": CacheConfig,
+    "scheduler": SchedulerConfig,
+    "server": ServerConfig,
+}
+
+
+def each_option() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every option with the name of its group."""
+    for group, kind in GROUPS.items():
+        for option_ in dataclasses.fields(kind):
+            yield group, option_
+
+
+def plain_type(kind: type, name: str) -> type:
+    """The type of a field without its `| None`."""
+    hint = typing.get_type_hints(kind)[name]
+    if isinstance(hint, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    return typing.cast(type, hint)
+
+
+def check_value(option_: dataclasses.Field[Any], value: Any) -> None:
+    """Raise StartupError where `value` is none of the choices or below the lowest allowed."""
+    choices, low = option_.metadata["choices"], option_.metadata["low"]
+    if value is None:
+        return
+    if choices and value not in choices:
+        raise StartupError(f"{option_.name} must be one of {', '.join(choices)}, got {value!r}")
+    if low is not None and not value >= low:
+        raise StartupError(f"{option_.name} must be at least {low}, got {value!r}")
+
+
+def add_flags(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] = tuple(GROUPS)) -> None:
+    """Add a flag for every option of `groups`; flags left out stay out of the parsed namespace."""
+    for group in groups:
+        kind = GROUPS[group]
+        section = parser.add_argument_group(group, (kind.__doc__ or "").strip())
+        for option_ in dataclasses.fields(kind):
+            flag = "--" + option_.name.replace("_", "-")
+            text, choices = option_.metadata["help"], option_.metadata["choices"]
+            if option_.default not in (None, DEMO_MODEL):
+                text += f" (default: {option_.default})"
+            value_type = plain_type(kind, option_.name)
+            if value_type is bool:
+                action: Any = argparse.BooleanOptionalAction
+                section.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
+            else:
+                section.add_argument(
+                    flag,
+                    type=value_type,
+                    choices=choices,
+                    default=argparse.SUPPRESS,
+                    help=text.replace("%", "%%"),
+                    metavar=None if choices else option_.name.rsplit("_", 1)[-1].upper(),
+                )
+
+
+def api_key_from_environment() -> str | None:
+    """PAGEDSERVE_API_KEY, so that a key need not stand in the process list."""
+    return os.environ.get("PAGEDSERVE_API_KEY") or None

@@ -1,0 +1,1 @@
+"""The engine: loop, scheduler, blocks. One process, one thread; ids and counters, no tensors."""

@@ -1,0 +1,97 @@
+"""Every error this project raises on purpose, as one tree.
+
+    PagedServeError                 500  something of ours
+    ├── RequestError                400  the client's mistake: names the parameter, the limit, the way out
+    │   ├── ContextLengthExceeded   400
+    │   ├── AuthenticationError     401
+    │   ├── NotFoundError           404
+    │   └── BodyTooLarge            413
+    ├── UnavailableError            503  not now: loading, draining or dead; says which and since when
+    └── StartupError                 –   the server cannot start: bad flag, bad checkpoint, no memory
+
+An error knows its HTTP status and the body of the OpenAI error object. A broken invariant of our own
+is an `assert`, not a member of this tree.
+"""
+
+from __future__ import annotations
+
+MAX_MESSAGE_CHARS = 1024
+
+
+class PagedServeError(Exception):
+    """Root of the tree. `status` is the HTTP status, `type` and `code` go into the error object."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.message = shorten(message)
+        self.param = param
+        self.code = code or type(self).code
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The OpenAI error object: `{"error": {"message", "type", "param", "code"}}`."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param and self.param[:256],
+                "code": self.code,
+            }
+        }
+
+
+class RequestError(PagedServeError):
+    """The request cannot be served as it stands; nothing was allocated for it."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(RequestError):
+    """Prompt, or prompt plus what was asked for, is longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class AuthenticationError(RequestError):
+    """No API key, or a wrong one."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class NotFoundError(RequestError):
+    """A model or a route that does not exist here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class BodyTooLarge(RequestError):
+    """The HTTP body is longer than the server's limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class UnavailableError(PagedServeError):
+    """The server cannot take requests now; the message says the phase or the cause of death."""
+
+    status = 503
+    type = "service_unavailable"
+    code = "unavailable"
+
+
+class StartupError(PagedServeError):
+    """The server cannot start; the message says what was found and what to do."""
+
+    code = "startup_failed"
+
+
+def shorten(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
+    """`text` cut to `limit` characters, so that an error body stays under 4 KiB whatever came in."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,0 +1,238 @@
+"""What a client asks for: the one bounded schema.
+
+Every dialect (HTTP, offline `LLM`) builds these, and every limit on a request's *values* is checked
+here and nowhere else, before anything is allocated. The room knows no HTTP, no text and no model:
+limits that depend on the model (vocabulary, context) are arguments of `check_prompt` and
+`check_vocabulary`.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from pagedserve.errors import ContextLengthExceeded, RequestError
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 128
+MAX_BIAS_ENTRIES = 1024
+MAX_TOKENS = 1 << 30  # far above any context; what fits is decided against the model's context
+
+# name: (kind, lowest, highest). OpenAI's ranges where it has one, vLLM's where it has not.
+BOUNDS: dict[str, tuple[type, float, float]] = {
+    "n": (int, 1, MAX_N),
+    "temperature": (float, 0.0, 100.0),
+    "top_p": (float, 0.0, 1.0),
+    "top_k": (int, -1, 1 << 30),
+    "min_p": (float, 0.0, 1.0),
+    "presence_penalty": (float, -2.0, 2.0),
+    "frequency_penalty": (float, -2.0, 2.0),
+    "repetition_penalty": (float, 0.01, 10.0),
+    "seed": (int, -(1 << 63), (1 << 63) - 1),
+    "max_tokens": (int, 1, MAX_TOKENS),
+    "min_tokens": (int, 0, MAX_TOKENS),
+    "logprobs": (int, 0, MAX_LOGPROBS),
+    "prompt_logprobs": (int, 0, MAX_LOGPROBS),
+}
+MAY_BE_NONE = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. The first two are OpenAI's; the others never look like success."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How one request wants its tokens drawn. Names and defaults are vLLM's.
+
+    `top_k` 0 or -1 means all tokens, `top_p` 0 keeps the likeliest one, `temperature` 0 is greedy.
+    `max_tokens` None means as many as the context holds. `logprobs` k returns, for every output
+    token, its own log-probability and those of the k likeliest; they are taken from the model's
+    logits before any processor and before temperature.
+
+    Raises `RequestError` naming the parameter and the limit.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        set_ = msgspec.structs.force_setattr
+        set_(self, "stop", [self.stop] if isinstance(self.stop, str) else list(self.stop or ()))
+        set_(self, "stop_token_ids", list(self.stop_token_ids or ()))
+        set_(self, "logit_bias", bias_by_token(self.logit_bias))
+        for name, (kind, low, high) in BOUNDS.items():
+            check_number(name, getattr(self, name), kind, low, high)
+        check_stop(self.stop, self.stop_token_ids)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, above max_tokens, which is {self.max_tokens}",
+                param="min_tokens",
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """True when the likeliest token is always taken, so that seed and filters have no effect."""
+        return self.temperature < 1e-5
+
+    @property
+    def penalised(self) -> bool:
+        """True when tokens already seen change the logits."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        """A checked copy with `changes`."""
+        return msgspec.structs.replace(self, **changes)
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence to write, as it crosses from the API process to the engine: immutable, once.
+
+    `seed` is always set: with the position it keys every random draw, so the same request gives the
+    same tokens whatever shares its batch, and a replay continues the same text. `priority`: lower
+    first. `arrival`: seconds, `time.monotonic()` of the machine.
+    """
+
+    id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    priority: int = 0
+    arrival: float = 0.0
+
+
+def check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
+    """Raise unless `value` is a finite number of `kind` in [low, high] (or None where allowed)."""
+    if value is None and name in MAY_BE_NONE:
+        return
+    good = isinstance(value, int) or (kind is float and isinstance(value, float))
+    if isinstance(value, bool) or not good:
+        word = "an integer" if kind is int else "a number"
+        raise RequestError(f"{name} must be {word}, got {type(value).__name__}", param=name)
+    if not math.isfinite(value) or not low <= value <= high:
+        raise RequestError(f"{name} must be between {low} and {high}, got {value}", param=name)
+
+
+def check_stop(stop: Sequence[Any], stop_token_ids: Sequence[Any]) -> None:
+    """Raise unless there are few stops and each is short and of the right type."""
+    if len(stop) > MAX_STOP_STRINGS:
+        raise RequestError(
+            f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed", param="stop"
+        )
+    for text in stop:
+        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+            raise RequestError(
+                f"each stop must be a string of 1 to {MAX_STOP_CHARS} characters", param="stop"
+            )
+    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise RequestError(
+            f"stop_token_ids has {len(stop_token_ids)} entries, at most {MAX_STOP_TOKEN_IDS} are "
+            "allowed",
+            param="stop_token_ids",
+        )
+    if not all(type(token) is int for token in stop_token_ids):
+        raise RequestError("stop_token_ids must be integers", param="stop_token_ids")
+
+
+def bias_by_token(bias: Any) -> dict[int, float]:
+    """OpenAI's `{"token id": bias}` with integer keys, few entries and values in [-100, 100]."""
+    bias = bias or {}
+    if len(bias) > MAX_BIAS_ENTRIES:
+        raise RequestError(
+            f"logit_bias has {len(bias)} entries, at most {MAX_BIAS_ENTRIES} are allowed",
+            param="logit_bias",
+        )
+    try:
+        checked = {int(token): float(value) for token, value in bias.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RequestError(
+            "logit_bias must map token ids to numbers between -100 and 100", param="logit_bias"
+        ) from error
+    for value in checked.values():
+        check_number("logit_bias", value, float, -100.0, 100.0)
+    return checked
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Raise where `params` names a token id outside [0, vocab_size)."""
+    for name in ("logit_bias", "stop_token_ids"):
+        for token in getattr(params, name):
+            if not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"{name} names token {token}; the vocabulary is 0 to {vocab_size - 1}",
+                    param=name,
+                )
+
+
+def check_prompt(
+    token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    param: str = "prompt",
+) -> SamplingParams:
+    """Check a tokenised prompt against the model; return `params` with `max_tokens` settled.
+
+    `param` is the dialect's name of the prompt ("messages" for chat). Raises `RequestError` for an
+    empty prompt or a token id outside the vocabulary, `ContextLengthExceeded` when the prompt, or
+    the prompt and `max_tokens` together, do not fit `max_model_len` (tokens).
+    """
+    if not token_ids:
+        raise RequestError(f"{param} is empty; give at least one token", param=param)
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise RequestError(
+            f"{param} holds token id {bad}; the vocabulary is 0 to {vocab_size - 1}", param=param
+        )
+    room = max_model_len - len(token_ids)
+    if room < 1:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {max_model_len} tokens; the prompt has "
+            f"{len(token_ids)}, which leaves no room for an answer. Shorten the prompt.",
+            param=param,
+        )
+    if params.max_tokens is None:
+        return params.replace(max_tokens=room)
+    if params.max_tokens > room:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {max_model_len} tokens; you asked for "
+            f"{len(token_ids) + params.max_tokens} ({len(token_ids)} in the prompt, "
+            f"{params.max_tokens} in max_tokens). Reduce either.",
+            param="max_tokens",
+        )
+    return params

@@ -1,0 +1,86 @@
+"""What a decoder-only architecture is, as data.
+
+A spec is read from a checkpoint's config.json and can be printed, compared and tested; no torch here.
+It says only what the configuration decides. What the checkpoint itself shows (a bias, a tied head)
+is read from the tensors' names when they load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm or LayerNorm over the last dimension; bias where the checkpoint has one."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021), NeoX halves.
+
+    `dim`: rotated dimensions of a head. `scaling`: the checkpoint's `rope_parameters`, if its type
+    is not "default".
+    """
+
+    theta: float
+    dim: int
+    scaling: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Attn:
+    """Multi-head attention with grouped key/value heads.
+
+    `window`: tokens a query sees, itself included (None: all). `qk_norm`: over each head, before
+    the rotation. `packed`: the checkpoint holds q, k, v as one tensor, in that order.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None = None
+    window: int | None = None
+    qk_norm: Norm | None = None
+    packed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """Feed-forward: down(act(gate) · up) where `gated`, else down(act(up))."""
+
+    size: int
+    act: Literal["silu", "gelu_tanh"] = "silu"
+    gated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block of the residual stream: attention, then feed-forward, each behind a norm."""
+
+    attn: Attn
+    ffn: Mlp
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A whole model.
+
+    `names`: role → checkpoint name; "layer" is the prefix of layer i with `{i}` in it. A role that
+    is absent is not computed. `learned_positions`: rows of a position table added to the embedding
+    (0: none). `transposed`: linear weights are stored [in, out] (GPT-2's Conv1D).
+    """
+
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    names: dict[str, str]
+    learned_positions: int = 0
+    transposed: bool = False

@@ -1,0 +1,83 @@
+"""What the next forward does, and what comes back: the two messages between engine and worker.
+
+A Step says what *changed* since the last one and which rows compute; the worker keeps everything
+else in permanent rows ("slots"), one for each active sequence. There is no prefill step and no
+decode step: a row has a `count` of tokens to compute, and that is all.
+
+        Scheduler ── Step ──▶ Executor ──▶ Runner ── StepOutput ──▶ Scheduler.commit
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NewType
+
+from pagedserve.request import SamplingParams
+
+Slot = NewType("Slot", int)
+BlockId = NewType("BlockId", int)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A sequence takes a slot: a new one, or a preempted one that comes back.
+
+    `token_ids` is all that is known of it: the prompt, and for a replay what it had written. Rows of
+    the slot read their input tokens from there, and from what the worker itself samples.
+    """
+
+    slot: Slot
+    token_ids: list[int]
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward. Columns of the same group have the same length.
+
+    rows    slots[i] computes tokens starts[i] … starts[i] + counts[i] - 1 of its sequence and, where
+            samples[i], draws the token after them
+    growth  block grown_blocks[j] becomes entry grown_index[j] of grown_slots[j]'s block table; for a
+            joining slot this is its whole table
+    """
+
+    id: int
+    joins: list[Join]
+    slots: list[Slot]
+    starts: list[int]
+    counts: list[int]
+    samples: list[bool]
+    grown_slots: list[Slot]
+    grown_index: list[int]
+    grown_blocks: list[BlockId]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the token there, its rank (1 = likeliest), and the top.
+
+    Natural logarithm, of the model's logits before processors and temperature.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step sampled: one token for each row with `samples`, in row order.
+
+    `logprobs[i]` belongs to `token_ids[i]`, and is None where not asked for; the list is empty when
+    nobody asked. `prompt_logprobs` maps a slot to those of the prompt tokens after each computed
+    one. `bad_slots` drew from logits that were not finite: their tokens mean nothing.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: dict[Slot, list[TokenLogprobs]] = field(default_factory=dict)
+    bad_slots: list[Slot] = field(default_factory=list)
