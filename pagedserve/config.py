@@ -73,8 +73,12 @@ class CacheConfig:
 class SchedulerConfig:
     """How sequences share the device."""
 
-    max_num_seqs: int = option(256, "sequences computed at a time", low=1)
-    max_num_batched_tokens: int = option(8192, "tokens computed in one step", low=1)
+    max_num_seqs: int | None = option(
+        None, "sequences computed at a time; 256 on a GPU, 64 on a CPU if left out", low=1
+    )
+    max_num_batched_tokens: int | None = option(
+        None, "tokens computed in one step; 8192 on a GPU, 512 on a CPU if left out", low=1
+    )
     async_scheduling: bool | None = option(
         None, "launch a step before the last one's tokens are seen; on by default on a GPU"
     )

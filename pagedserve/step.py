@@ -52,7 +52,11 @@ class Step:
     grown_slots: list[Slot]
     grown_index: list[int]
     grown_blocks: list[BlockId]
-    num_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step, over all rows."""
+        return sum(self.counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +85,19 @@ class StepOutput:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: dict[Slot, list[TokenLogprobs]] = field(default_factory=dict)
     bad_slots: list[Slot] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What start-up settled from the model and from memory."""
+
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    eos_token_ids: list[int]
+    device: str
+    dtype: str
+    asynchronous: bool  # launch returns before the device is done, so overlapping pays

@@ -1,0 +1,325 @@
+"""Who computes what in the next step.
+
+There is no prefill phase and no decode phase: every running sequence has some tokens to compute,
+one token budget is shared out among them in order of importance (priority, then arrival), and what
+is left admits waiting ones. A long prompt is computed in pieces because the budget ends, not because
+a rule says so. When blocks run out the least important running sequence is preempted: it gives back
+its blocks and is recomputed later, from its prompt and what it has written.
+
+        add ──▶ waiting ──admit──▶ running ──commit──▶ finished
+                   ▲                  │
+                   └──── preempt ─────┘            abort: from anywhere
+
+A launched step may still read and write the blocks of a sequence that has ended or was preempted,
+so blocks and slot are given back only when no launched step touches the sequence any more.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+
+from pagedserve.engine.block_pool import BlockPool
+from pagedserve.engine.sequence import Sequence, Status
+from pagedserve.request import FinishReason, Request
+from pagedserve.step import BlockId, Join, Slot, Step, StepOutput, TokenLogprobs
+
+
+@dataclass(slots=True)
+class Committed:
+    """What a committed step means for the requests; columns like `channel.Outputs`."""
+
+    ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    finished: list[tuple[int, FinishReason, int | None]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
+    started: list[tuple[int, int]] = field(default_factory=list)
+    failed: list[tuple[int, str]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.ids or self.prompt_logprobs or self.failed)
+
+
+class Scheduler:
+    """Owns every sequence and the block pool. `schedule` and `commit` alternate in the loop."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ):
+        self.pool = pool
+        self.block_size = block_size
+        self.token_budget = max_num_batched_tokens
+        self.eos_token_ids = eos_token_ids
+        self.running: list[Sequence] = []  # most important first
+        self._waiting: list[Sequence] = []  # a heap; aborted ones stay until they surface
+        self._by_id: dict[int, Sequence] = {}
+        self._free_slots = [Slot(slot) for slot in reversed(range(max_num_seqs))]
+        self._launched: deque[list[Sequence]] = deque()  # rows of each launched step
+        self._started: list[tuple[int, int]] = []
+        self._releasing = 0  # blocks that come free when launched steps are committed
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # tokens
+        self.num_prefix_hits = 0  # tokens
+
+    # ── requests in ──────────────────────────────────────────────────────────────────────────────
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError for one that could never run."""
+        sequence = Sequence(request, self.eos_token_ids)
+        needed, total = self._blocks_for(sequence.max_length), self.pool.num_blocks
+        if needed > total:
+            raise ValueError(
+                f"needs {needed} KV blocks for {sequence.max_length} tokens, the cache has {total}"
+            )
+        if request.id in self._by_id:
+            raise ValueError(f"request id {request.id} is in use")
+        self._by_id[request.id] = sequence
+        heapq.heappush(self._waiting, sequence)
+
+    def abort(self, id: int) -> None:
+        """End a request at once, whatever its state; unknown and ended ids are ignored."""
+        sequence = self._by_id.get(id)
+        if sequence is not None:
+            self._end(sequence, Status.ABORTED)
+
+    @property
+    def idle(self) -> bool:
+        """True when there is nothing to schedule."""
+        return not self._by_id
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their first tokens, or to come back."""
+        return len(self._by_id) - len(self.running)
+
+    # ── a step out ───────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when no row can compute now."""
+        step = Step(self.num_steps, [], [], [], [], [], [], [], [])
+        rows: list[Sequence] = []
+        budget = self._schedule_running(step, rows, self.token_budget)
+        self._admit(step, rows, budget)
+        if not rows:
+            return None
+        self.num_steps += 1
+        self._launched.append(rows)
+        return step
+
+    def _schedule_running(self, step: Step, rows: list[Sequence], budget: int) -> int:
+        block_size, at = self.block_size, 0
+        while at < len(self.running) and budget > 0:
+            sequence = self.running[at]
+            length, start = len(sequence.tokens) + sequence.num_inflight, sequence.num_computed
+            count = min(length - start, budget)
+            # Nothing to do when its last token is on the way and has not been seen.
+            if count > 0 and length < sequence.max_length:
+                missing = -(-(start + count) // block_size) - len(sequence.blocks)
+                if missing > 0:
+                    if not self._make_room(missing, sequence):
+                        if sequence.status is Status.RUNNING:
+                            at += 1  # blocks come free when launched steps are committed
+                        continue
+                    self._grow(sequence, missing, step)
+                self._row(step, rows, sequence, start, count, start + count == length)
+                budget -= count
+            at += 1
+        return budget
+
+    def _make_room(self, missing: int, sequence: Sequence) -> bool:
+        """Have `missing` free blocks for `sequence`, preempting less important ones, or it itself.
+
+        False when it must wait: its victims are still in a launched step, or it was the victim.
+        """
+        while self.pool.num_free < missing:
+            if self.pool.num_free + self._releasing >= missing:
+                return False
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _admit(self, step: Step, rows: list[Sequence], budget: int) -> None:
+        while budget > 0 and self._free_slots and (sequence := self._next_waiting()) is not None:
+            hits = self._find_prefix(sequence)
+            revived = sum(map(self.pool.is_free, hits))
+            missing = self._blocks_for(sequence.length) - len(hits)
+            # Room for all that is known of it, and for every running one to grow once: a sequence
+            # admitted into the last block would be the next one preempted.
+            if self.pool.num_free - revived < missing + len(self.running):
+                break
+            heapq.heappop(self._waiting)
+            self._start(sequence, hits, step)
+            self._grow(sequence, missing, step)
+            start, length = sequence.num_computed, sequence.length
+            count = min(length - start, budget)
+            self._row(step, rows, sequence, start, count, start + count == length)
+            budget -= count
+
+    def _next_waiting(self) -> Sequence | None:
+        while self._waiting and self._waiting[0].status is not Status.WAITING:
+            heapq.heappop(self._waiting)
+        if not self._waiting or self._waiting[0].launched:
+            return None  # a preempted one whose last step is still out: it keeps its turn
+        return self._waiting[0]
+
+    def _find_prefix(self, sequence: Sequence) -> list[BlockId]:
+        if not sequence.reuse:
+            return []
+        # At least one token is computed, for its logits.
+        num_blocks = (len(sequence.tokens) - 1) // self.block_size
+        sequence.extend_hashes(num_blocks, self.block_size)
+        return self.pool.lookup(sequence.hashes[:num_blocks])
+
+    def _start(self, sequence: Sequence, hits: list[BlockId], step: Step) -> None:
+        for block in hits:
+            self.pool.share(block)
+        sequence.slot = slot = self._free_slots.pop()
+        sequence.status = Status.RUNNING
+        sequence.num_computed = len(hits) * self.block_size
+        sequence.num_published = len(hits)
+        insort(self.running, sequence)
+        step.joins.append(
+            Join(
+                slot,
+                list(sequence.tokens),
+                sequence.num_prompt,
+                sequence.request.params,
+                sequence.request.seed,
+            )
+        )
+        self._extend_table(sequence, hits, step)
+        if not sequence.started:
+            sequence.started = True
+            self._started.append((sequence.id, sequence.num_computed))
+            self.num_prefix_queries += len(sequence.tokens)
+            self.num_prefix_hits += sequence.num_computed
+
+    def _grow(self, sequence: Sequence, missing: int, step: Step) -> None:
+        self._extend_table(sequence, [self.pool.take() for _ in range(missing)], step)
+
+    @staticmethod
+    def _extend_table(sequence: Sequence, blocks: list[BlockId], step: Step) -> None:
+        assert sequence.slot is not None
+        first = len(sequence.blocks)
+        sequence.blocks += blocks
+        step.grown_slots.extend([sequence.slot] * len(blocks))
+        step.grown_index.extend(range(first, first + len(blocks)))
+        step.grown_blocks.extend(blocks)
+
+    @staticmethod
+    def _row(
+        step: Step, rows: list[Sequence], sequence: Sequence, start: int, count: int, samples: bool
+    ) -> None:
+        assert sequence.slot is not None
+        rows.append(sequence)
+        step.slots.append(sequence.slot)
+        step.starts.append(start)
+        step.counts.append(count)
+        step.samples.append(samples)
+        sequence.num_computed = start + count
+        sequence.num_inflight += samples
+        sequence.launched += 1
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    # ── a step's result in ───────────────────────────────────────────────────────────────────────
+
+    def commit(self, step: Step, output: StepOutput) -> Committed:
+        """Take in what `step` sampled; steps are committed in the order they were scheduled."""
+        rows = self._launched.popleft()
+        committed = Committed(started=self._started)
+        self._started = []
+        tokens = iter(output.token_ids)
+        logprobs = iter(output.logprobs)
+        for sequence, start, count, samples in zip(
+            rows, step.starts, step.counts, step.samples, strict=True
+        ):
+            sequence.launched -= 1
+            token = entry = None
+            if samples:
+                sequence.num_inflight -= 1
+                token, entry = next(tokens), next(logprobs, None)
+            if sequence.status is not Status.RUNNING:
+                # Aborted or preempted while the step was out. A preempted one draws the same token
+                # again when it comes back: draws are keyed by seed and position.
+                self._give_back(sequence)
+                continue
+            if sequence.slot in output.bad_slots:
+                committed.failed.append((sequence.id, "the model's logits were not finite"))
+                self._end(sequence, Status.FINISHED)
+                continue
+            self._publish(sequence, start + count)
+            if sequence.slot in output.prompt_logprobs:
+                entries = output.prompt_logprobs[sequence.slot]
+                committed.prompt_logprobs.append((sequence.id, entries))
+            if token is not None:
+                self._append(sequence, token, committed)
+                if output.logprobs:
+                    committed.logprobs.append(entry)
+        return committed
+
+    def _append(self, sequence: Sequence, token: int, committed: Committed) -> None:
+        sequence.tokens.append(token)
+        committed.ids.append(sequence.request.id)
+        committed.token_ids.append(token)
+        reason = sequence.finish_reason()
+        if reason is not None:
+            stop = token if reason is FinishReason.STOP else None
+            committed.finished.append((sequence.id, reason, stop))
+            self._end(sequence, Status.FINISHED)
+
+    def _publish(self, sequence: Sequence, num_computed: int) -> None:
+        full = num_computed // self.block_size
+        if full > sequence.num_published:
+            sequence.extend_hashes(full, self.block_size)
+            for index in range(sequence.num_published, full):
+                self.pool.publish(sequence.blocks[index], sequence.hashes[index])
+            sequence.num_published = full
+
+    # ── out of running ───────────────────────────────────────────────────────────────────────────
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self._leave(sequence)
+        sequence.status = Status.WAITING
+        heapq.heappush(self._waiting, sequence)
+
+    def _end(self, sequence: Sequence, status: Status) -> None:
+        if sequence.status is Status.RUNNING:
+            self._leave(sequence)
+        sequence.status = status
+        del self._by_id[sequence.id]
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        if sequence.launched:
+            self._releasing += len(sequence.blocks)
+        else:
+            self._let_go(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Let go of a sequence that left while launched, once its last step is committed."""
+        if sequence.launched == 0:
+            self._releasing -= len(sequence.blocks)
+            self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+        assert sequence.slot is not None
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None

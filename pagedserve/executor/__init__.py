@@ -1,0 +1,1 @@
+"""Executors: how a Step reaches the worker or workers that compute it."""

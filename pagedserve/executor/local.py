@@ -1,0 +1,38 @@
+"""One worker, in the engine's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from pagedserve.config import Config
+from pagedserve.executor.base import Ticket
+from pagedserve.step import EngineInfo, Step, StepOutput
+from pagedserve.worker.runner import LaunchedStep, Runner
+
+
+class LocalExecutor:
+    """Runs every step on one Runner; the simplest `base.Executor`."""
+
+    def __init__(self, config: Config, on_progress: Callable[[str, str], None]):
+        self._config = config
+        self._on_progress = on_progress
+        self._runner: Runner | None = None
+
+    def start(self) -> EngineInfo:
+        """Load the model and allocate the cache. Raises StartupError."""
+        self._runner = Runner.start(self._config, self._on_progress)
+        return self._runner.info
+
+    def launch(self, step: Step) -> Ticket:
+        """Enqueue the step's forward and sampling on the device."""
+        assert self._runner is not None, "start() comes first"
+        return Ticket(self._runner.launch(step))
+
+    def result(self, ticket: Ticket) -> StepOutput:
+        """Wait for the step's tokens."""
+        return cast(LaunchedStep, ticket).result()
+
+    def stop(self) -> None:
+        """Let go of the model and the cache."""
+        self._runner = None

@@ -1,0 +1,40 @@
+"""The KV cache tensor.
+
+    [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
+
+A block is contiguous across layers, so moving one to another tier is one copy; kernels see a strided
+view per layer. Zero-filled: what a padding row reads is finite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pagedserve.spec import DecoderSpec
+
+
+def layer_shape(spec: DecoderSpec, block_size: int) -> tuple[int, int, int]:
+    """(block_size, num_kv_heads, head_dim), which all layers share."""
+    shapes = {(layer.attn.kv_heads, layer.attn.head_dim) for layer in spec.layers}
+    assert len(shapes) == 1, f"layers differ in their KV heads: {shapes}"
+    heads, head_dim = shapes.pop()
+    return block_size, heads, head_dim
+
+
+def block_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, K and V."""
+    size, heads, head_dim = layer_shape(spec, block_size)
+    return len(spec.layers) * 2 * size * heads * head_dim * dtype.itemsize
+
+
+def allocate(
+    spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """One view [num_blocks, 2, block_size, num_kv_heads, head_dim] per layer, of one tensor."""
+    cache = torch.zeros(
+        (num_blocks, len(spec.layers), 2, *layer_shape(spec, block_size)),
+        dtype=dtype,
+        device=device,
+    )
+    return list(cache.unbind(1))

@@ -1,0 +1,71 @@
+"""How much KV cache: arithmetic over what is free, before anything is allocated.
+
+    free memory (now, weights loaded)
+    ├── workspace: activations and logits of the largest step
+    ├── headroom: what --gpu-memory-utilization leaves to others
+    └── KV cache: the rest, as whole blocks
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagedserve.config import CacheConfig
+from pagedserve.errors import StartupError
+from pagedserve.spec import DecoderSpec
+
+CPU_CACHE_SHARE = 0.25  # of the memory that is free: the machine is rarely ours alone
+CPU_CACHE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The step sizes that memory has to hold."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
+def workspace_bytes(spec: DecoderSpec, limits: Limits, itemsize: int) -> int:
+    """Upper estimate of what one step allocates beside weights and cache.
+
+    Activations: a handful of [tokens, hidden] and the gate and up projections are alive at a time.
+    Logits: fp32, raw and processed and sorted copies for every sequence that samples.
+    """
+    widest = max(layer.ffn.size for layer in spec.layers)
+    activations = limits.max_num_batched_tokens * (8 * spec.hidden_size + 3 * widest) * itemsize
+    logits = limits.max_num_seqs * spec.vocab_size * 4 * 6
+    return activations + logits
+
+
+def plan_blocks(
+    cache: CacheConfig,
+    *,
+    block_bytes: int,
+    workspace: int,
+    free_bytes: int,
+    total_bytes: int,
+    on_gpu: bool,
+    limits: Limits,
+) -> int:
+    """Number of KV blocks. Raises StartupError, with the arithmetic, where not one sequence fits."""
+    if cache.num_gpu_blocks_override is not None:
+        return cache.num_gpu_blocks_override
+    if cache.kv_cache_memory_bytes is not None:
+        usable = cache.kv_cache_memory_bytes
+    elif on_gpu:
+        usable = free_bytes - workspace - int(total_bytes * (1 - cache.gpu_memory_utilization))
+    else:
+        usable = min(int(free_bytes * CPU_CACHE_SHARE), CPU_CACHE_BYTES)
+    # More than every sequence at full length could hold would never be used.
+    full = limits.max_num_seqs * -(-limits.max_model_len // cache.block_size)
+    blocks = min(usable // block_bytes, full)
+    if blocks < 1:
+        raise StartupError(
+            f"no memory for a KV cache: {free_bytes >> 20} MiB free of {total_bytes >> 20} MiB, "
+            f"{workspace >> 20} MiB of workspace, {block_bytes >> 10} KiB a block. Free some "
+            "memory, raise --gpu-memory-utilization, or lower --max-num-seqs or "
+            "--max-num-batched-tokens."
+        )
+    return int(blocks)
