@@ -1,0 +1,154 @@
+"""Single decisions of the scheduler."""
+
+import pytest
+
+from pagedserve.engine.block_pool import BlockPool
+from pagedserve.engine.scheduler import Scheduler
+from pagedserve.request import FinishReason, Request, SamplingParams
+from pagedserve.step import Step, StepOutput, TokenLogprobs
+
+
+def scheduler(blocks: int = 16, size: int = 4, slots: int = 4, budget: int = 16) -> Scheduler:
+    return Scheduler(
+        BlockPool(blocks),
+        block_size=size,
+        max_num_seqs=slots,
+        max_num_batched_tokens=budget,
+        eos_token_ids=frozenset({0}),
+    )
+
+
+def request(id: int, length: int = 6, *, priority: int = 0, first: int = 1, **params) -> Request:
+    params.setdefault("max_tokens", 8)
+    prompt = [first + i % 5 for i in range(length)]
+    return Request(id, prompt, SamplingParams(**params), 0, priority, float(id))
+
+
+def advance(s: Scheduler, token: int = 9) -> tuple[Step, list[int]]:
+    """One synchronous step in which every sampling row draws `token`."""
+    step = s.schedule()
+    assert step is not None
+    committed = s.commit(step, StepOutput([token] * sum(step.samples)))
+    return step, [id for id, _, _ in committed.finished]
+
+
+def test_a_long_prompt_is_computed_in_pieces_and_samples_once() -> None:
+    s = scheduler(budget=4)
+    s.add(request(1, length=10))
+    steps = [advance(s)[0] for _ in range(4)]
+    assert [(step.starts, step.counts, step.samples) for step in steps] == [
+        ([0], [4], [False]),
+        ([4], [4], [False]),
+        ([8], [2], [True]),
+        ([10], [1], [True]),
+    ]
+
+
+def test_decodes_go_first_and_a_prompt_takes_what_is_left_of_the_budget() -> None:
+    s = scheduler(budget=8)
+    s.add(request(1, length=4))
+    advance(s)
+    s.add(request(2, length=12, first=3))
+    step, _ = advance(s)
+    assert step.counts == [1, 7]
+
+
+def test_a_lower_priority_number_is_admitted_first_and_preempted_last() -> None:
+    s = scheduler(blocks=6, size=4, slots=3, budget=64)
+    s.add(request(1, length=4, priority=5, max_tokens=20))
+    s.add(request(2, length=4, priority=1, max_tokens=20, first=2))
+    step, _ = advance(s)
+    assert [join.token_ids[0] for join in step.joins] == [2, 1]
+    while not s.num_preemptions:
+        advance(s)
+    assert [sequence.id for sequence in s.running] == [2]
+    finished = []
+    while not s.idle:
+        finished += advance(s)[1]
+    assert finished == [2, 1] and s.pool.num_free == 6
+
+
+def test_an_equal_prompt_is_taken_from_the_cache_but_for_its_last_token() -> None:
+    s = scheduler()
+    s.add(request(1, length=8, max_tokens=1))
+    advance(s)
+    s.add(request(2, length=8, max_tokens=1))
+    step, _ = advance(s)
+    assert (step.starts, step.counts) == ([4], [4])  # the second block holds the last token
+    assert s.num_prefix_hits == 4
+
+
+def test_prompt_logprobs_skip_the_cache() -> None:
+    s = scheduler()
+    s.add(request(1, length=8, max_tokens=1))
+    advance(s)
+    s.add(request(2, length=8, max_tokens=1, prompt_logprobs=0))
+    assert advance(s)[0].starts == [0]
+
+
+def test_eos_ends_a_sequence_unless_it_is_ignored() -> None:
+    for ignore, ended in ((False, [1]), (True, [])):
+        s = scheduler()
+        s.add(request(1, ignore_eos=ignore))
+        assert advance(s, token=0)[1] == ended
+
+
+def test_a_stop_token_is_reported() -> None:
+    s = scheduler()
+    s.add(request(1, stop_token_ids=[9]))
+    step = s.schedule()
+    assert step is not None
+    committed = s.commit(step, StepOutput([9]))
+    assert committed.finished == [(1, FinishReason.STOP, 9)]
+
+
+def test_rows_with_bad_logits_fail_alone() -> None:
+    s = scheduler()
+    s.add(request(1))
+    s.add(request(2, first=2))
+    step = s.schedule()
+    assert step is not None
+    committed = s.commit(step, StepOutput([9, 9], bad_slots=[step.slots[0]]))
+    assert [id for id, _ in committed.failed] == [1] and committed.ids == [2]
+    s.abort(2)
+    assert s.idle and s.pool.num_used == 0
+
+
+def test_logprobs_stay_beside_their_tokens_when_a_row_is_dropped() -> None:
+    s = scheduler()
+    s.add(request(1))
+    s.add(request(2, first=2))
+    step = s.schedule()
+    assert step is not None
+    s.abort(1)
+    entries = [TokenLogprobs(-1.0, 1, [], []), TokenLogprobs(-2.0, 2, [], [])]
+    committed = s.commit(step, StepOutput([8, 9], logprobs=list(entries)))
+    assert (committed.ids, committed.token_ids) == ([2], [9])
+    assert committed.logprobs == entries[1:]
+
+
+def test_an_aborted_sequence_keeps_its_blocks_until_its_launched_step_is_committed() -> None:
+    s = scheduler()
+    s.add(request(1))
+    step = s.schedule()
+    assert step is not None
+    s.abort(1)
+    s.abort(1)
+    assert s.pool.num_used == 2
+    s.commit(step, StepOutput([9]))
+    assert s.pool.num_used == 0 and s.idle
+
+
+def test_a_request_that_cannot_fit_is_refused() -> None:
+    s = scheduler(blocks=2)
+    with pytest.raises(ValueError, match="needs 4 KV blocks"):
+        s.add(request(1, length=6, max_tokens=8))
+    assert s.idle
+
+
+def test_no_more_sequences_than_slots() -> None:
+    s = scheduler(slots=2, blocks=64)
+    for id in range(1, 5):
+        s.add(request(id, length=2, first=id))
+    advance(s)
+    assert len(s.running) == 2 and s.num_waiting == 2
