@@ -174,13 +174,13 @@ def settle(config: Config, device: Device, model: LoadedModel) -> EngineInfo:
         max_model_len=context_length(config.model.max_model_len, model.max_model_len),
     )
     block_size = config.cache.block_size
-    free_bytes, total_bytes = device.memory()
+    available = device.memory()
     num_blocks = memory.plan_blocks(
         config.cache,
         block_bytes=kv_cache.block_bytes(spec, block_size, model.dtype),
         workspace=memory.workspace_bytes(spec, limits, model.dtype.itemsize),
-        free_bytes=free_bytes,
-        total_bytes=total_bytes,
+        free_bytes=available.free,
+        total_bytes=available.total,
         on_gpu=device.is_gpu,
         limits=limits,
     )

@@ -139,7 +139,7 @@ def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     The nucleus is the smallest set of likeliest tokens whose probability, after top-k, reaches
     `top_p` (Holtzman et al. 2020); it always holds one. `logits` [n, vocab], the others [n].
     """
-    values, order = logits.sort(-1, descending=True, stable=True)
+    values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
     values = values.masked_fill((rank >= top_k[:, None]) & (top_k[:, None] > 0), -torch.inf)
     probs = values.softmax(-1)
