@@ -9,8 +9,8 @@ limits that depend on the model (vocabulary, context) are arguments of `check_pr
 from __future__ import annotations
 
 import enum
-import math
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -87,7 +87,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
-        set_(self, "stop", [self.stop] if isinstance(self.stop, str) else list(self.stop or ()))
+        stop: Any = self.stop  # a single string is welcome, and becomes a list of one
+        set_(self, "stop", [stop] if isinstance(stop, str) else list(stop or ()))
         set_(self, "stop_token_ids", list(self.stop_token_ids or ()))
         set_(self, "logit_bias", bias_by_token(self.logit_bias))
         for name, (kind, low, high) in BOUNDS.items():
@@ -101,7 +102,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
 
     @property
     def greedy(self) -> bool:
-        """True when the likeliest token is always taken, so that seed and filters have no effect."""
+        """True when the likeliest token is always taken, so that seed and filters have no effect.
+        """
         return self.temperature < 1e-5
 
     @property
@@ -134,6 +136,14 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     arrival: float = 0.0
 
 
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of choice `index` of a request with `seed`: its own for the first, then derived."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # 63 bits, as drawn seeds have
+
+
 def check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
     """Raise unless `value` is a finite number of `kind` in [low, high] (or None where allowed)."""
     if value is None and name in MAY_BE_NONE:
@@ -142,8 +152,9 @@ def check_number(name: str, value: Any, kind: type, low: float, high: float) -> 
     if isinstance(value, bool) or not good:
         word = "an integer" if kind is int else "a number"
         raise RequestError(f"{name} must be {word}, got {type(value).__name__}", param=name)
-    if not math.isfinite(value) or not low <= value <= high:
-        raise RequestError(f"{name} must be between {low} and {high}, got {value}", param=name)
+    if not low <= value <= high:  # NaN compares false
+        given = value if -1e30 < value < 1e30 or value != value else "a number far outside"
+        raise RequestError(f"{name} must be between {low} and {high}, got {given}", param=name)
 
 
 def check_stop(stop: Sequence[Any], stop_token_ids: Sequence[Any]) -> None:
@@ -169,20 +180,21 @@ def check_stop(stop: Sequence[Any], stop_token_ids: Sequence[Any]) -> None:
 
 def bias_by_token(bias: Any) -> dict[int, float]:
     """OpenAI's `{"token id": bias}` with integer keys, few entries and values in [-100, 100]."""
-    bias = bias or {}
+    bias = {} if bias is None else bias
+    if not isinstance(bias, Mapping):
+        raise RequestError("logit_bias must map token ids to numbers", param="logit_bias")
     if len(bias) > MAX_BIAS_ENTRIES:
         raise RequestError(
             f"logit_bias has {len(bias)} entries, at most {MAX_BIAS_ENTRIES} are allowed",
             param="logit_bias",
         )
-    try:
-        checked = {int(token): float(value) for token, value in bias.items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RequestError(
-            "logit_bias must map token ids to numbers between -100 and 100", param="logit_bias"
-        ) from error
-    for value in checked.values():
+    checked: dict[int, float] = {}
+    for token, value in bias.items():
+        decimal = isinstance(token, str) and token.isdecimal() and len(token) <= 10
+        if not isinstance(token, int) and not decimal:
+            raise RequestError("the keys of logit_bias must be token ids", param="logit_bias")
         check_number("logit_bias", value, float, -100.0, 100.0)
+        checked[int(token)] = float(value)
     return checked
 
 

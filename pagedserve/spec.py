@@ -1,8 +1,8 @@
 """What a decoder-only architecture is, as data.
 
-A spec is read from a checkpoint's config.json and can be printed, compared and tested; no torch here.
-It says only what the configuration decides. What the checkpoint itself shows (a bias, a tied head)
-is read from the tensors' names when they load.
+A spec is read from a checkpoint's config.json and can be printed, compared and tested; no torch
+here. It says what the configuration and the family decide. What the checkpoint itself may add (a
+bias that the family does not demand) is read from the tensors' names when they load.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Norm:
 class Rope:
     """Rotary position embedding (Su et al. 2021), NeoX halves.
 
-    `dim`: rotated dimensions of a head. `scaling`: the checkpoint's `rope_parameters`, if its type
-    is not "default".
+    `dim`: rotated dimensions of a head, the first ones. `scaling`: the checkpoint's
+    `rope_parameters`, if its type is not "default".
     """
 
     theta: float
@@ -36,8 +36,9 @@ class Rope:
 class Attn:
     """Multi-head attention with grouped key/value heads.
 
-    `window`: tokens a query sees, itself included (None: all). `qk_norm`: over each head, before
-    the rotation. `packed`: the checkpoint holds q, k, v as one tensor, in that order.
+    `scale` multiplies the scores. `window`: tokens a query sees, itself included (None: all).
+    `qk_norm`: over each head of q and k, before the rotation. `packed`: the checkpoint holds q, k,
+    v as one tensor (role "qkv"), in that order.
     """
 
     heads: int
@@ -71,9 +72,14 @@ class Layer:
 class DecoderSpec:
     """A whole model.
 
-    `names`: role → checkpoint name; "layer" is the prefix of layer i with `{i}` in it. A role that
-    is absent is not computed. `learned_positions`: rows of a position table added to the embedding
-    (0: none). `transposed`: linear weights are stored [in, out] (GPT-2's Conv1D).
+    names              role → checkpoint name without ".weight"; "layer" is the prefix of layer i
+                       with `{i}` in it. A role that is absent is not computed
+    prefix             beginning of the names that a checkpoint saved without its head leaves out
+    biases             roles that have a bias in this family; any other role may have one
+    buffers            regular expressions of tensors that are no parameters and may be there
+    learned_positions  rows of a position table added to the embedding (0: none)
+    tied_head          the head is the embedding, unless the checkpoint holds another one
+    transposed         linear weights are stored [in, out] (Conv1D)
     """
 
     hidden_size: int
@@ -82,5 +88,9 @@ class DecoderSpec:
     layers: tuple[Layer, ...]
     norm: Norm
     names: dict[str, str]
+    prefix: str = ""
+    biases: frozenset[str] = frozenset()
+    buffers: tuple[str, ...] = ()
     learned_positions: int = 0
+    tied_head: bool = False
     transposed: bool = False

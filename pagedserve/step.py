@@ -91,7 +91,6 @@ class StepOutput:
 class EngineInfo:
     """What start-up settled from the model and from memory."""
 
-    architecture: str
     vocab_size: int
     max_model_len: int
     num_blocks: int

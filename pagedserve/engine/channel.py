@@ -67,7 +67,6 @@ class Progress(Message):
 class Ready(Message):
     """The engine serves. What was settled from the model and from memory."""
 
-    architecture: str
     vocab_size: int
     max_model_len: int
     num_blocks: int

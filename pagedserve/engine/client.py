@@ -1,8 +1,8 @@
 """The API process's side of the engine: starts it, submits requests, hands every token to its sink.
 
-The room knows processes and messages; it knows no HTTP, no text and no torch. The same client serves
-the asyncio server (which watches `fileno()` and calls `poll()`) and the offline `LLM` (which calls
-`poll(timeout)` in a loop). It belongs to one thread.
+The room knows processes and messages; it knows no HTTP, no text and no torch. The same client
+serves the asyncio server (which watches `fileno()` and calls `poll()`) and the offline `LLM` (which
+calls `poll(timeout)` in a loop). It belongs to one thread.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Sink(Protocol):
 class EngineClient:
     """A running (or starting, or dead) engine process."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "pagedserve.engine.process") -> None:
+        """Start `python -m module FD`; tests give a toy engine's module."""
         self.phase = "starting"
         self.phases: list[Progress] = []
         self.ready: Ready | None = None
@@ -71,7 +72,7 @@ class EngineClient:
         self._channel, theirs = Channel.pair()
         # A session of its own: Ctrl-C in the terminal reaches the API process only, which drains.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pagedserve.engine.process", str(theirs.fileno())],
+            [sys.executable, "-m", module, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             start_new_session=True,
         )
@@ -80,6 +81,20 @@ class EngineClient:
     def fileno(self) -> int:
         """Readable when `poll` has something to do."""
         return self._channel.fileno()
+
+    @property
+    def unsent(self) -> bool:
+        """True while messages wait for the socket; call `flush` when it is writable."""
+        return self.cause_of_death is None and self._channel.pending
+
+    def flush(self) -> None:
+        """Push out what waits, without blocking."""
+        if self.cause_of_death is not None:
+            return
+        try:
+            self._channel.flush()
+        except ChannelClosed:
+            self._died(self._exit_cause())
 
     @property
     def pid(self) -> int:

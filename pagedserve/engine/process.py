@@ -59,7 +59,6 @@ def serve(channel: Channel) -> None:
     )
     channel.send(
         Ready(
-            architecture=info.architecture,
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,

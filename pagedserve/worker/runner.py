@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Runner:
         device = pick(config.model.device)
         on_progress("load weights", f"{device.name}, {config.model.load_format}")
         model = load_model(
-            config.model.model,
+            Path(config.model.model),
             dtype=config.model.dtype,
             device=device,
             load_format=config.model.load_format,
@@ -185,7 +186,6 @@ def settle(config: Config, device: Device, model: LoadedModel) -> EngineInfo:
         limits=limits,
     )
     return EngineInfo(
-        architecture=model.architecture,
         vocab_size=spec.vocab_size,
         # One sequence can never be longer than all blocks together.
         max_model_len=min(limits.max_model_len, num_blocks * block_size),

@@ -1,0 +1,12 @@
+"""HTTP in, server-sent events out: the API process.
+
+    server.py     its life: listen, load, serve, drain, exit codes
+    app.py        the routes and what every request passes through
+    service.py    what the routes share: engine client, tokenizer, phase
+    answer.py     one HTTP request's sequences: Deltas as they come, abort exactly once
+    openai_*.py   the OpenAI dialect: schema, completions, chat
+    sse.py        how a stream is framed
+    health.py     probes     metrics.py  figures     auth.py  keys     limits.py  body size
+
+No torch here, and no scheduling: requests go to the engine process and come back as tokens.
+"""

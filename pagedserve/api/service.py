@@ -1,0 +1,222 @@
+"""What all routes share: the engine client, the tokenizer, the phase, and the answers under way.
+
+The service starts in the background while the port already answers, and says at any time whether it
+takes requests and why not. It belongs to the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+
+from pagedserve.api.answer import Answer
+from pagedserve.api.metrics import Metrics
+from pagedserve.config import DEMO_MODEL, Config
+from pagedserve.engine.channel import Progress, Ready
+from pagedserve.engine.client import EngineClient
+from pagedserve.errors import PagedServeError, RequestError, StartupError, UnavailableError
+from pagedserve.request import Request, SamplingParams, check_prompt, check_vocabulary, choice_seed
+from pagedserve.text.chat import ChatTemplate, load_text
+from pagedserve.text.deltas import TextStream
+from pagedserve.text.tokenizer import Tokenizer
+
+MAX_SEQUENCES = 1024  # of one HTTP request: prompts times n
+INLINE_CHARS = 4096  # text up to here is tokenised faster than a thread is reached
+
+
+class Service:
+    """One served model. `phase` is "ready" only while requests are taken."""
+
+    def __init__(self, config: Config, client: EngineClient):
+        self.config = config
+        self.client = client
+        self.model_name = served_name(config)
+        self.metrics = Metrics(self.model_name)
+        self.started_at = time.monotonic()
+        self.created = int(time.time())
+        self.draining = False
+        self.answers: set[Answer] = set()
+        self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        self.tokenizer: Tokenizer | None = None
+        self.template: ChatTemplate | None = None
+        self._loading = "starting"
+        self._ready = asyncio.Event()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load tokenizer and engine; returns when requests are taken. Failures end in `failure`."""
+        asyncio.get_running_loop().add_reader(self.client.fileno(), self._readable)
+        self.client.on_progress = self._progress
+        try:
+            await self._load()
+        except StartupError as error:
+            self._fail(error.message)
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """End what still runs, and the engine."""
+        for answer in list(self.answers):
+            answer.fail(UnavailableError("the server is shutting down", code="shutting_down"))
+        asyncio.get_running_loop().remove_reader(self.client.fileno())
+        self.client.close()
+
+    @property
+    def phase(self) -> str:
+        """What the server is doing: a phase of the start, "ready", "draining" or "dead"."""
+        if self.failure.done():
+            return "dead"
+        if self.draining:
+            return "draining"
+        if self.ready is not None:
+            return "ready"
+        return self._loading
+
+    @property
+    def ready(self) -> Ready | None:
+        """What the engine reported, once the tokenizer is loaded too."""
+        return self.client.ready if self.tokenizer is not None else None
+
+    def check_available(self) -> Ready:
+        """Raise UnavailableError with the phase or the cause unless requests are taken."""
+        if self.failure.done():
+            raise UnavailableError(f"the server is dead: {self.failure.result()}", code="dead")
+        if self.draining:
+            raise UnavailableError("the server is shutting down", code="draining")
+        if self.ready is None:
+            raise UnavailableError(f"the model is loading: {self._loading}", code="loading")
+        return self.ready
+
+    async def _load(self) -> None:
+        from pagedserve.models.hub import resolve
+
+        model = self.config.model
+        if model.skip_tokenizer_init:
+            raise StartupError("skip_tokenizer_init is for the offline LLM; HTTP speaks text")
+        self._enter("finding the model")
+        directory = await asyncio.to_thread(resolve, model.model, model.revision, self._downloading)
+        options = self.config.to_builtins() | {"model": str(directory), "api_key": None}
+        self.client.configure(options)
+        tokenizer, template = await asyncio.to_thread(
+            load_text, directory, tokenizer=model.tokenizer, chat_template=model.chat_template
+        )
+        if self.client.ready is None:
+            await self._ready.wait()
+        self.tokenizer, self.template = tokenizer, template
+        self.on_phase("ready")
+
+    def _downloading(self, detail: str) -> None:
+        """Called from the thread that fetches the model."""
+        self._loading = detail
+
+    def _enter(self, phase: str) -> None:
+        self._loading = phase
+        self.on_phase(phase)
+
+    def _progress(self, message: Progress | Ready) -> None:
+        if isinstance(message, Ready):
+            self._ready.set()
+        else:
+            self._enter(" ".join(filter(None, (message.phase, message.detail))))
+
+    def _readable(self) -> None:
+        self.client.poll()
+        self.metrics.stats = self.client.stats
+        if self.client.cause_of_death is not None:
+            self._fail(self.client.cause_of_death)
+        elif self.client.unsent:
+            self._flush_later()
+
+    def _fail(self, cause: str) -> None:
+        asyncio.get_running_loop().remove_reader(self.client.fileno())
+        if not self.failure.done():
+            self.failure.set_result(cause)
+
+    def _flush_later(self) -> None:
+        """Push out what the socket would not take, when it will."""
+        loop, fd = asyncio.get_running_loop(), self.client.fileno()
+
+        def writable() -> None:
+            self.client.flush()
+            if not self.client.unsent:
+                loop.remove_writer(fd)
+
+        loop.add_writer(fd, writable)
+
+    # -- requests --------------------------------------------------------------------------------
+
+    async def encode(self, text: str, *, param: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`; long ones in a thread. Refuses what cannot fit before the work."""
+        ready = self.check_available()
+        assert self.tokenizer is not None
+        # Twice, because a normaliser may shorten text; nothing in use shortens it more.
+        if len(text) > 2 * self.tokenizer.longest_token * ready.max_model_len:
+            raise RequestError(
+                f"{param} has {len(text)} characters, which cannot fit this model's context of "
+                f"{ready.max_model_len} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
+        encode = self.tokenizer.encode
+        if len(text) <= INLINE_CHARS:
+            return encode(text, add_special_tokens)
+        return await asyncio.to_thread(encode, text, add_special_tokens)
+
+    def check(self, prompt: list[int], params: SamplingParams, *, param: str) -> SamplingParams:
+        """`params` settled for `prompt`. Raises RequestError where either does not suit the model.
+        """
+        ready = self.check_available()
+        check_vocabulary(params, ready.vocab_size)
+        return check_prompt(
+            prompt,
+            params,
+            vocab_size=ready.vocab_size,
+            max_model_len=ready.max_model_len,
+            param=param,
+        )
+
+    def submit(
+        self, prompts: list[list[int]], params: list[SamplingParams], *, priority: int = 0
+    ) -> Answer:
+        """Send checked prompts to the engine, `n` sequences each; the caller closes the answer.
+
+        Sequence `i * n + j` is choice j of prompt i. The same seed gives prompt i's choice j the
+        same text whatever the other prompts are.
+        """
+        self.check_available()
+        answer = Answer(self.client, self.metrics, self.answers.discard)
+        requests: list[Request] = []
+        for prompt, wanted in zip(prompts, params, strict=True):
+            for index in range(wanted.n):
+                seed = wanted.seed
+                seed = secrets.randbits(63) if seed is None else choice_seed(seed, index)
+                requests.append(
+                    Request(self.client.next_id(), prompt, wanted, seed, priority, answer.arrival)
+                )
+        if len(requests) > MAX_SEQUENCES:
+            raise RequestError(
+                f"prompts times n is {len(requests)}; at most {MAX_SEQUENCES} are allowed",
+                param="n",
+            )
+        sinks = [answer.add(each, TextStream(self.tokenizer, each.params)) for each in requests]
+        self.answers.add(answer)
+        try:
+            self.client.submit(requests, sinks)
+        except PagedServeError:
+            answer.close()
+            raise
+        if self.client.unsent:
+            self._flush_later()
+        return answer
+
+
+def served_name(config: Config) -> str:
+    """The name that clients use for the model."""
+    model = config.model
+    if model.served_model_name:
+        return model.served_model_name
+    return "pagedserve-demo" if model.model == DEMO_MODEL else model.model

@@ -1,0 +1,33 @@
+"""Attention over the paged cache: the batch, the seam, and the backends behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pagedserve.attention.base import AttentionBackend, Plan
+from pagedserve.attention.batch import Batch
+from pagedserve.attention.torch import TorchAttention
+from pagedserve.device import Device
+from pagedserve.errors import StartupError
+from pagedserve.spec import DecoderSpec
+
+__all__ = ["AttentionBackend", "Batch", "Plan", "choose"]
+
+BACKENDS: tuple[Callable[[Device], AttentionBackend], ...] = (TorchAttention,)  # best first
+
+
+def choose(
+    device: Device, spec: DecoderSpec, kv_dtype: torch.dtype, block_size: int
+) -> AttentionBackend:
+    """The first backend that supports every layer. Raises StartupError with each one's reason."""
+    reasons = []
+    for make in BACKENDS:
+        backend = make(device)
+        found = (backend.supports(layer.attn, kv_dtype, block_size) for layer in spec.layers)
+        reason = next((text for text in found if text), None)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise StartupError(f"no attention backend fits this model: {'; '.join(reasons)}")

@@ -1,0 +1,39 @@
+"""The seam between the model and what computes attention over the paged cache."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pagedserve.attention.batch import Batch
+from pagedserve.spec import Attn
+
+Plan = Any  # a backend's own notes on one batch; only that backend looks inside
+
+
+class AttentionBackend(Protocol):
+    """Computes attention for whole batches. Knows no model: window and scale arrive in `attn`."""
+
+    name: str
+
+    def supports(self, attn: Attn, kv_dtype: torch.dtype, block_size: int) -> str | None:
+        """None, or why this backend cannot compute `attn` over such a cache."""
+        ...
+
+    def plan(self, batch: Batch) -> Plan:
+        """What all layers share of one step. The plan is good for this batch only."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: Plan, attn: Attn
+    ) -> Tensor:
+        """Write k and v into the cache, then attend causally, within the window.
+
+        q: [num_tokens, heads, head_dim]; k, v: [num_tokens, kv_heads, head_dim], any stride between
+        tokens. kv: one layer's view [num_blocks, 2, block_size, kv_heads, head_dim] of the cache;
+        a block's keys are contiguous, and its values. Memory of the cache that was never written
+        may hold anything, NaN included. Returns [num_tokens, heads, head_dim], contiguous.
+        """
+        ...

@@ -1,0 +1,123 @@
+"""The device: what differs between a CPU and a CUDA GPU, chosen once.
+
+The one room that asks which hardware there is. Everything above holds a `Device` and asks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import dtype as Dtype
+from torch import float32
+
+from pagedserve.errors import StartupError
+
+CGROUP_MEMORY = (  # limit, usage: version 2, then version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that can still be allocated, and bytes in all."""
+
+    free: int
+    total: int
+
+
+class Device(Protocol):
+    """Where the model runs. `name` is for people, `torch` for tensors.
+
+    `is_gpu`: launches return before the device is done, and its memory is ours to plan.
+    """
+
+    name: str
+    torch: torch.device
+    is_gpu: bool
+
+    def memory(self) -> Memory:
+        """Free and total bytes now."""
+        ...
+
+    def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
+        """The dtype that "auto" means for a checkpoint held in `checkpoint_dtype`."""
+        ...
+
+    def synchronize(self) -> None:
+        """Return when everything launched so far is done."""
+        ...
+
+
+class Cpu:
+    """The host itself: float32, memory bounded by the machine and by its container."""
+
+    name = "cpu"
+    torch = torch.device("cpu")
+    is_gpu = False
+
+    def memory(self) -> Memory:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if ":" in line}
+        free, total = kib["MemAvailable"] << 10, kib["MemTotal"] << 10
+        for limit_file, usage_file in CGROUP_MEMORY:
+            limit, usage = read_bytes(limit_file), read_bytes(usage_file)
+            if limit is not None and usage is not None and limit < total:
+                free, total = min(free, max(limit - usage, 0)), limit
+        return Memory(free, total)
+
+    def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
+        # bfloat16 matrix products are slower than these on most CPUs, and less exact.
+        return float32
+
+    def synchronize(self) -> None:
+        return None
+
+
+class Cuda:
+    """The current CUDA GPU."""
+
+    is_gpu = True
+
+    def __init__(self) -> None:
+        self.torch = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name(self.torch)
+
+    def memory(self) -> Memory:
+        free, total = torch.cuda.mem_get_info(self.torch)
+        # What torch's allocator holds without using it is free to us.
+        idle = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
+        return Memory(free + idle, total)
+
+    def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
+        return checkpoint_dtype
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch)
+
+
+def pick(wanted: str = "auto") -> Device:
+    """The device for "auto", "cpu" or "cuda". Raises StartupError where it is not there."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise StartupError(f"device must be auto, cpu or cuda, got {wanted!r}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise StartupError(
+            f"device cuda was asked for, but torch {torch.__version__} sees no CUDA GPU; "
+            "check nvidia-smi and that torch is a CUDA build, or use --device cpu"
+        )
+    return Cpu() if wanted == "cpu" or not torch.cuda.is_available() else Cuda()
+
+
+def read_bytes(path: str) -> int | None:
+    """The number in a cgroup file; None where there is no file or no limit."""
+    try:
+        text = Path(path).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,92 @@
+"""What every op means, in plain torch: the CPU path runs these, kernels are tested against them.
+
+T tokens · R rows · H query heads · K key/value heads · D head_dim · C hidden · L context tokens
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) · weight + bias over the last dimension."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R dimensions of each head by its token's angles (NeoX halves).
+
+    x: [T, heads, D]; cos, sin: [T, 1, R], R ≤ D even, both halves of R alike, except that the first
+    half of `sin` is negated: (a, b) → (a · cos - b · sin, b · cos + a · sin). Returns a new tensor.
+    """
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((rotary(x[..., :dim], cos, sin), x[..., dim:]), -1)
+    return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """x: [T, 2 · size], gate then up → [T, size]: silu(gate) · up."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def gelu_tanh_and_mul(x: Tensor) -> Tensor:
+    """x: [T, 2 · size], gate then up → [T, size]: gelu_tanh(gate) · up."""
+    gate, up = x.chunk(2, -1)
+    return gelu_tanh(gate).mul_(up)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation (Hendrycks & Gimpel 2016), "gelu_new" in checkpoints."""
+    return F.gelu(x, approximate="tanh")
+
+
+def kv_write(kv: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write the keys and values of T tokens where their slots say.
+
+    kv: [num_blocks, 2, block_size, K, D], any stride between blocks; slot_mapping: [T] int64,
+    block · block_size + offset; k, v: [T, K, D].
+    """
+    block_size = kv.shape[2]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    kv[blocks, 0, offsets] = k.to(kv.dtype)
+    kv[blocks, 1, offsets] = v.to(kv.dtype)
+
+
+def paged_attention(
+    q: Tensor,
+    kv: Tensor,
+    block_tables: Tensor,
+    seq_lens: list[int],
+    counts: list[int],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of each row's last `count` tokens over its whole context.
+
+    q: [T, H, D], rows one after the other; kv: [num_blocks, 2, block_size, K, D], already written;
+    block_tables: [R, max_blocks]; seq_lens: context with this step's tokens; `window`: tokens that
+    a query sees, itself included. Softmax in float32. Returns [T, H, D] in q's dtype.
+    """
+    outputs = []
+    for row, (length, queries) in enumerate(zip(seq_lens, q.split(counts), strict=True)):
+        blocks = block_tables[row, : -(-length // kv.shape[2])].long()
+        k, v = (kv[blocks, part].flatten(0, 1)[:length].float() for part in (0, 1))
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        position = torch.arange(length - len(queries), length, device=q.device)
+        distance = position[:, None] - torch.arange(length, device=q.device)
+        hidden = (distance < 0) | (distance >= (window or length))
+        scores = torch.einsum("qhd,khd->hqk", queries.float(), k) * scale
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype))
+    return torch.cat(outputs)

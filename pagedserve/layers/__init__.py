@@ -1,0 +1,1 @@
+"""Layers: plain objects that hold tensors and call kernels; they know no checkpoint, no model."""

@@ -1,0 +1,49 @@
+"""Attention: project, normalise heads, rotate, attend over the paged cache, project back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pagedserve.attention.base import AttentionBackend, Plan
+from pagedserve.kernels import reference as ops
+from pagedserve.layers.linear import Linear
+from pagedserve.layers.norm import HeadNormalize
+from pagedserve.layers.rotary import Angles
+from pagedserve.spec import Attn
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """qkv: [(H + 2K) · D, C], q heads, then k heads, then v heads; out: [C, H · D].
+
+    `head_norm`: over each head of q and k, where the model has it.
+    """
+
+    spec: Attn
+    qkv: Linear
+    out: Linear
+    head_norm: HeadNormalize | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        *,
+        angles: Angles | None,
+        kv: Tensor,
+        backend: AttentionBackend,
+        plan: Plan,
+    ) -> Tensor:
+        """x, residual: [T, C] → residual + attention of x. Writes this step's keys and values."""
+        spec = self.spec
+        tokens, rotated = x.shape[0], spec.heads + spec.kv_heads
+        heads = self.qkv(x).view(tokens, rotated + spec.kv_heads, spec.head_dim)
+        qk, v = heads[:, :rotated], heads[:, rotated:]
+        if self.head_norm is not None:
+            qk = self.head_norm(qk)
+        if angles is not None:
+            qk = ops.rotary(qk, angles.cos, angles.sin)
+        out = backend.forward(qk[:, : spec.heads], qk[:, spec.heads :], v, kv, plan, spec)
+        return self.out.add(out.view(tokens, -1), residual)

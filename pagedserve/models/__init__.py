@@ -1,0 +1,1 @@
+"""Models: config.json → spec → decoder with weights. Importing this package imports no torch."""

@@ -1,0 +1,24 @@
+"""Qwen 2 and 2.5: Llama with biases on q, k, v, and a window on the layers that say so."""
+
+from __future__ import annotations
+
+from pagedserve.models.architectures.llama import QKV, Config, attn, decoder, mlp
+from pagedserve.models.architectures.registry import arch
+from pagedserve.spec import DecoderSpec, Layer
+
+
+@arch("Qwen2ForCausalLM")
+def qwen2(c: Config) -> DecoderSpec:
+    return decoder(
+        c, layer=lambda i: Layer(attn(c, window=window(c, i)), mlp(c)), biases=frozenset(QKV)
+    )
+
+
+def window(c: Config, i: int) -> int | None:
+    """Layer i's window: only where `use_sliding_window`, by `layer_types` or from a layer on."""
+    if not c.get("use_sliding_window"):
+        return None
+    kinds = c.get("layer_types")
+    slides = kinds[i] == "sliding_attention" if kinds else i >= c.get("max_window_layers", 28)
+    size: int | None = c.get("sliding_window", 4096)
+    return size if slides else None
