@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chat_format import render_chat
+from chat_format import render_call, render_chat
 from holdout import held_out_sums
 from json_tasks import json_task
 from schema_check import fits, parse_and_fit
@@ -107,14 +107,14 @@ def _sum_case(rng: random.Random, a: int, b: int, *, plain: bool) -> Case:
 def _json_case(rng: random.Random) -> Case:
     task = json_task(rng, held_out=True)
 
-    def is_exact(text: str) -> bool:
-        try:
-            return bool(json.loads(text) == task.expected)
-        except json.JSONDecodeError:
-            return False
+    def is_valid(text: str) -> bool:
+        return parse_and_fit(text, task.schema)
 
-    prompt = _prompt(task.document.messages[:-1])
-    return Case("json", prompt, 320, None, lambda t: parse_and_fit(t, task.schema), is_exact)
+    def is_exact(text: str) -> bool:
+        return is_valid(text) and (task.is_made_up or json.loads(text) == task.expected)
+
+    *asked, answer = task.document.messages
+    return Case("json", _prompt(asked), 320, None, answer["content"], is_valid, is_exact)
 
 
 def _tool_case(rng: random.Random) -> Case:
@@ -125,6 +125,7 @@ def _tool_case(rng: random.Random) -> Case:
         prompt,
         320,
         None,
+        "\n".join(map(render_call, task.expected)),
         lambda text: are_valid_calls(text, task.signatures),
         lambda text: parse_calls(text) == list(task.expected),
     )

@@ -36,13 +36,13 @@ WRITERS: dict[str, Writer] = {
 # By document, not by token: a story is ten times as long as a sum.
 SHARES = {
     "chat": 18,
-    "story": 8,
-    "story_chat": 5,
-    "sum_chat": 18,
+    "story": 7,
+    "story_chat": 4,
+    "sum_chat": 22,
     "sum_lines": 14,
     "think": 10,
-    "json": 16,
-    "tool": 13,
+    "json": 24,
+    "tool": 16,
 }
 
 

@@ -34,11 +34,15 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class JsonTask:
-    """One request: the document that answers it, the schema, and the expected object."""
+    """One request: the document that answers it, the schema, and the expected object.
+
+    When `is_made_up`, the request names no values and any object that fits is as good.
+    """
 
     document: Document
     schema: Schema
     expected: dict[str, Any]
+    is_made_up: bool
 
 
 def _string(draw: Callable[[random.Random], str]) -> Draw:
@@ -234,13 +238,14 @@ def json_task(rng: random.Random, *, held_out: bool = False) -> JsonTask:
     drawn = {field.key: field.draw(rng) for field in fields}
     schema = _schema(rng, domain, {key: part for key, (part, _) in drawn.items()})
     expected = {key: value for key, (_, value) in drawn.items()}
-    if rng.random() < 0.2:
+    is_made_up = rng.random() < 0.2
+    if is_made_up:
         request = rng.choice(MAKE_UP).format(noun=words.with_article(domain))
     else:
         request = _sentence(rng, fields, expected)
     messages = _ask(rng, request, schema)
     answer = {"role": "assistant", "content": json.dumps(expected, ensure_ascii=False)}
-    return JsonTask(Document("json", (*messages, answer)), schema, expected)
+    return JsonTask(Document("json", (*messages, answer)), schema, expected, is_made_up)
 
 
 def _title(rng: random.Random) -> str:

@@ -165,7 +165,7 @@ FIXED = {
     "What is the highest mountain?": "The highest mountain is Mount Everest.",
     "What is an LLM?": "An LLM is a large language model. I am a very small one.",
     "What is pagedserve?": "pagedserve is an inference server for language models. It runs me.",
-    "What is PagedAttention?": "PagedAttention keeps keys and values in blocks, like pages of memory.",
+    "What is PagedAttention?": "It keeps keys and values in blocks, like pages of memory.",
 }
 JOKES = (
     "Why did the book go to the doctor? Because it hurt its spine.",

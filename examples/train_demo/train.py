@@ -120,7 +120,6 @@ def main() -> None:
         plan,
         batch_tokens=args.batch_tokens or (65_536 if on_gpu else 4_096),
         peak_lr=args.lr,
-        compiled=args.compile,
     )
 
     log["held_out_loss"] = held_out_losses(model, Encoder(tokenizer), args.seed)
@@ -146,7 +145,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=0, help="default by device")
     parser.add_argument("--cases", type=int, default=0, help="cases a bar; default by device")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads without a GPU")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     return parser.parse_args()
 
 
@@ -183,10 +181,8 @@ def train(
     *,
     batch_tokens: int,
     peak_lr: float,
-    compiled: bool,
 ) -> dict[str, Any]:
     """Steps until the clock says stop; returns the numbers worth keeping."""
-    forward = torch.compile(model, dynamic=False) if compiled else model
     optimizer = make_optimizer(model, peak_lr)
     lengths = random.Random(0).choices(list(ROW_LENGTHS), list(ROW_LENGTHS.values()), k=10_007)
     began, num_tokens, step = time.monotonic(), 0, 0
@@ -198,7 +194,7 @@ def train(
             group["lr"] = peak_lr * lr_factor(progress)
         length = min(lengths[step % len(lengths)], batch_tokens)
         batch = rows.draw(max(1, batch_tokens // length), length)
-        loss = train_step(forward, optimizer, *batch)
+        loss = train_step(model, optimizer, *batch)
         num_tokens += batch[0].numel()
         step += 1
         if step % LOG_EVERY_STEPS == 0 or step == 1:
@@ -235,7 +231,7 @@ def lr_factor(progress: float) -> float:
 
 
 def train_step(
-    model: Any,
+    model: LlamaForCausalLM,
     optimizer: torch.optim.Optimizer,
     ids: torch.Tensor,
     targets: torch.Tensor,
@@ -243,6 +239,7 @@ def train_step(
 ) -> torch.Tensor:
     """One update; returns the weighted loss, still on the device."""
     with mixed_precision(ids.device):
+        # Without a mask transformers asks for causal attention, which has a fused kernel.
         logits = model(input_ids=ids, use_cache=False).logits
     loss = weighted_loss(logits, targets, weights)
     optimizer.zero_grad(set_to_none=True)

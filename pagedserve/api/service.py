@@ -27,7 +27,11 @@ INLINE_CHARS = 4096  # text up to here is tokenised faster than a thread is reac
 
 
 class Service:
-    """One served model. `phase` is "ready" only while requests are taken."""
+    """One served model. `phase` is "ready" only while requests are taken.
+
+    `loading` is what the start is doing, or did last; `failure` is done, with the cause, once this
+    service can do nothing any more.
+    """
 
     def __init__(self, config: Config, client: EngineClient):
         self.config = config
@@ -42,7 +46,7 @@ class Service:
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.tokenizer: Tokenizer | None = None
         self.template: ChatTemplate | None = None
-        self._loading = "starting"
+        self.loading = "starting"
         self._ready = asyncio.Event()
 
     # -- life ------------------------------------------------------------------------------------
@@ -67,14 +71,14 @@ class Service:
 
     @property
     def phase(self) -> str:
-        """What the server is doing: a phase of the start, "ready", "draining" or "dead"."""
+        """What the server is doing: "loading", "ready", "draining" or "dead"."""
         if self.failure.done():
             return "dead"
         if self.draining:
             return "draining"
         if self.ready is not None:
             return "ready"
-        return self._loading
+        return "loading"
 
     @property
     def ready(self) -> Ready | None:
@@ -88,7 +92,7 @@ class Service:
         if self.draining:
             raise UnavailableError("the server is shutting down", code="draining")
         if self.ready is None:
-            raise UnavailableError(f"the model is loading: {self._loading}", code="loading")
+            raise UnavailableError(f"the model is loading: {self.loading}", code="loading")
         return self.ready
 
     async def _load(self) -> None:
@@ -111,10 +115,10 @@ class Service:
 
     def _downloading(self, detail: str) -> None:
         """Called from the thread that fetches the model."""
-        self._loading = detail
+        self.loading = detail
 
     def _enter(self, phase: str) -> None:
-        self._loading = phase
+        self.loading = phase
         self.on_phase(phase)
 
     def _progress(self, message: Progress | Ready) -> None:
@@ -188,6 +192,11 @@ class Service:
         same text whatever the other prompts are.
         """
         self.check_available()
+        total = sum(wanted.n for wanted in params)
+        if total > MAX_SEQUENCES:
+            raise RequestError(
+                f"prompts times n is {total}; at most {MAX_SEQUENCES} are allowed", param="n"
+            )
         answer = Answer(self.client, self.metrics, self.answers.discard)
         requests: list[Request] = []
         for prompt, wanted in zip(prompts, params, strict=True):
@@ -197,11 +206,6 @@ class Service:
                 requests.append(
                     Request(self.client.next_id(), prompt, wanted, seed, priority, answer.arrival)
                 )
-        if len(requests) > MAX_SEQUENCES:
-            raise RequestError(
-                f"prompts times n is {len(requests)}; at most {MAX_SEQUENCES} are allowed",
-                param="n",
-            )
         sinks = [answer.add(each, TextStream(self.tokenizer, each.params)) for each in requests]
         self.answers.add(answer)
         try:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from pagedserve.engine.channel import (
@@ -110,7 +110,7 @@ class EngineClient:
         """Send the flat configuration; the engine loads the model and reports `ready`."""
         self._send(Configure(options))
 
-    def submit(self, requests: list[Request], sinks: list[Sink]) -> None:
+    def submit(self, requests: list[Request], sinks: Sequence[Sink]) -> None:
         """Submit requests; every answer to `requests[i]` goes to `sinks[i]`.
 
         Raises UnavailableError when the engine is not ready or is dead.

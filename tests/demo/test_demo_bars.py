@@ -40,17 +40,22 @@ class ToyServer(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # the default of 5 resets connections of a busy client
+
+
 @pytest.fixture
 def run_against() -> Iterator[Callable[[Answer], tuple[int, dict[str, Any]]]]:
-    servers: list[ThreadingHTTPServer] = []
+    servers: list[Server] = []
 
     def run(answer: Answer) -> tuple[int, dict[str, Any]]:
         toy = type("Toy", (ToyServer,), {"answer": staticmethod(answer)})
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), toy))
+        servers.append(Server(("127.0.0.1", 0), toy))
         threading.Thread(target=servers[-1].serve_forever).start()
         url = f"http://127.0.0.1:{servers[-1].server_port}"
         command = [sys.executable, str(SCRIPT), "--url", url, "--cases", "20"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert not done.stderr
         return done.returncode, json.loads(done.stdout)
 
     yield run

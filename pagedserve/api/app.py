@@ -1,0 +1,103 @@
+"""The routes, and what every request passes through.
+
+RequestId ─▶ RequireKey ─▶ BodyLimit ─▶ route ─▶ handler(service, request)
+                                          └─ an error of errors.py becomes its OpenAI object
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from pagedserve.api import health, openai_models
+from pagedserve.api.answer import ClientGone
+from pagedserve.api.auth import RequireKey
+from pagedserve.api.limits import BodyLimit, RequestId
+from pagedserve.api.openai_chat import create_chat_completion
+from pagedserve.api.openai_completions import create_completion
+from pagedserve.api.openai_shapes import error_response
+from pagedserve.api.service import Service
+from pagedserve.errors import NotFoundError, PagedServeError, RequestError
+from pagedserve.version import __version__
+
+log = logging.getLogger("pagedserve")
+
+Handler = Callable[[Service, HttpRequest], Awaitable[Response]]
+
+ROUTES: list[tuple[str, str, Handler]] = [
+    ("POST", "/v1/completions", create_completion),
+    ("POST", "/v1/chat/completions", create_chat_completion),
+    ("GET", "/v1/models", openai_models.list_models),
+    ("GET", "/v1/models/{id:path}", openai_models.get_model),
+    ("GET", "/health", health.health),
+    ("GET", "/livez", health.livez),
+    ("GET", "/readyz", health.readyz),
+    ("GET", "/startupz", health.startupz),
+    ("GET", "/version", health.version),
+    ("GET", "/metrics", health.metrics),
+]
+
+
+def build_app(service: Service, *, key: str | None = None) -> FastAPI:
+    """The application over `service`; `key` is what clients must send, None for no key."""
+    app = FastAPI(
+        title="pagedserve", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+    )
+    for method, path, handler in ROUTES:
+        app.add_api_route(path, bound(handler, service), methods=[method], response_model=None)
+    app.add_exception_handler(PagedServeError, on_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientGone, on_client_gone)
+    app.add_exception_handler(ClientDisconnect, on_client_gone)
+    app.add_exception_handler(Exception, on_bug)
+    # The last added is the first to see a request.
+    app.add_middleware(BodyLimit, max_bytes=service.config.server.max_body_bytes)
+    if key:
+        app.add_middleware(RequireKey, key=key)
+    app.add_middleware(RequestId)
+    return app
+
+
+def bound(handler: Handler, service: Service) -> Callable[[HttpRequest], Awaitable[Response]]:
+    """`handler` as FastAPI calls it."""
+
+    async def endpoint(request: HttpRequest) -> Response:
+        return await handler(service, request)
+
+    endpoint.__name__ = getattr(handler, "__name__", "endpoint")
+    return endpoint
+
+
+async def on_error(request: HttpRequest, error: Exception) -> Response:
+    """An error of ours knows its status and its body."""
+    assert isinstance(error, PagedServeError)
+    return error_response(error)
+
+
+async def on_http_error(request: HttpRequest, error: Exception) -> Response:
+    """The router's own: no such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return error_response(NotFoundError("there is no such route", code="not_found"))
+    refused = RequestError(str(error.detail), code="http_error")
+    refused.status = error.status_code
+    response = error_response(refused)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_client_gone(request: HttpRequest, error: Exception) -> Response:
+    """Nobody reads this; the status is for the access log."""
+    return Response(status_code=499)
+
+
+async def on_bug(request: HttpRequest, error: Exception) -> Response:
+    """A bug of ours: the client learns that, the log the rest (the framework prints the traceback).
+    """
+    return error_response(PagedServeError("the server failed on this request", code="internal"))

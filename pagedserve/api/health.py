@@ -1,0 +1,88 @@
+"""Probes, and what is said about the server itself.
+
+    /livez     200 while the process works, also while it loads or drains; 503 once the engine is
+    dead /startupz  200 once the model has been loaded; 503 with the phase before, and when that
+    failed /readyz    200 while requests are taken; 503 while loading, draining or dead /health
+    as /readyz, with the figures /version, /metrics
+
+The answers follow the service's state and the engine's messages; no probe sends a request.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from pagedserve.api.openai_shapes import RETRY_AFTER_SECONDS, json_response
+from pagedserve.api.service import Service
+from pagedserve.version import __version__
+
+OPEN_PATHS = frozenset(("/health", "/livez", "/readyz", "/startupz"))
+
+
+def state(service: Service) -> dict[str, Any]:
+    """The phase, and the cause where there is one."""
+    found: dict[str, Any] = {
+        "status": "ok" if service.phase == "ready" else "unavailable",
+        "phase": service.phase,
+        "loading": service.loading if service.phase == "loading" else None,
+        "cause": service.failure.result() if service.failure.done() else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def probe(service: Service, good: bool) -> Response:
+    """The state with the status that a probe looks at."""
+    response = json_response(state(service), 200 if good else 503)
+    if not good:
+        response.headers["Retry-After"] = RETRY_AFTER_SECONDS
+    return response
+
+
+async def livez(service: Service, request: HttpRequest) -> Response:
+    """Whether a restart would help."""
+    return probe(service, service.phase != "dead")
+
+
+async def startupz(service: Service, request: HttpRequest) -> Response:
+    """Whether the start has come to its end."""
+    return probe(service, service.ready is not None and not service.failure.done())
+
+
+async def readyz(service: Service, request: HttpRequest) -> Response:
+    """Whether requests are taken."""
+    return probe(service, service.phase == "ready")
+
+
+async def health(service: Service, request: HttpRequest) -> Response:
+    """As readyz, with figures."""
+    stats, now = service.client.stats, time.monotonic()
+    body = state(service) | {
+        "model": service.model_name,
+        "uptime_seconds": round(now - service.started_at, 3),
+        "live_requests": len(service.answers),
+        "running": stats.running if stats else 0,
+        "waiting": stats.waiting if stats else 0,
+        "last_token_age_seconds": round(now - service.client.last_token_at, 3),
+        "phases": [
+            {"phase": each.phase, "seconds": round(each.seconds, 3)}
+            for each in service.client.phases
+        ],
+    }
+    response = json_response(body, 200 if service.phase == "ready" else 503)
+    if service.phase != "ready":
+        response.headers["Retry-After"] = RETRY_AFTER_SECONDS
+    return response
+
+
+async def version(service: Service, request: HttpRequest) -> Response:
+    """The version of this server."""
+    return json_response({"version": __version__})
+
+
+async def metrics(service: Service, request: HttpRequest) -> Response:
+    """The figures in Prometheus' text format."""
+    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

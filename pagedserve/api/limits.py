@@ -1,0 +1,72 @@
+"""What every HTTP request passes first: an id, and a limit on its body.
+
+Both are plain ASGI middleware: they run for every chunk of every stream.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pagedserve.api.openai_shapes import error_response
+from pagedserve.errors import BodyTooLarge
+
+GOOD_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+
+
+class RequestId:
+    """Gives each request an id, the client's X-Request-Id where that is fit, and sends it back."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        id = given if GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["request_id"] = id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class BodyLimit:
+    """Refuses a body past `max_bytes`: by its declared length, or as it streams in."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
+            response = error_response(self._error())
+            response.headers["Connection"] = "close"  # the body is not read
+            await response(scope, receive, send)
+            return
+        taken = 0
+
+        async def receive_counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._max_bytes:
+                raise self._error()
+            return message
+
+        await self._app(scope, receive_counted, send)
+
+    def _error(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body is longer than {self._max_bytes} bytes")

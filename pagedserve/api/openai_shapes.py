@@ -1,0 +1,121 @@
+"""Shapes that the OpenAI dialect's answers share: heads, usage, log-probabilities, errors."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from pagedserve.api.answer import Answer
+from pagedserve.api.service import Service
+from pagedserve.errors import NotFoundError, PagedServeError, UnavailableError, shorten
+from pagedserve.text.deltas import PositionLogprobs
+from pagedserve.text.tokenizer import Tokenizer
+from pagedserve.version import __version__
+
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
+MAX_ERROR_BYTES = 4096
+RETRY_AFTER_SECONDS = "2"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The fields that begin every answer and chunk."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+    @classmethod
+    def of(cls, service: Service, request: HttpRequest, prefix: str, object: str) -> Head:
+        """A head for `request`, with the request's id as the tail of its own."""
+        tail = request.scope["request_id"]
+        return cls(f"{prefix}-{tail}", object, int(time.time()), service.model_name)
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"pagedserve-{__version__}",
+        }
+
+
+def check_model(service: Service, model: str | None) -> None:
+    """Raise NotFoundError unless `model` is the served one; None means that one."""
+    if model is not None and model != service.model_name:
+        raise NotFoundError(
+            f"The model `{shorten(model, 128)}` does not exist. "
+            f"This server serves `{service.model_name}`.",
+            param="model",
+        )
+
+
+def usage_of(answer: Answer, n: int, *, count_output: bool = True) -> dict[str, Any]:
+    """The usage of an answer with `n` choices a prompt; a prompt is counted once."""
+    firsts = answer.sequences[::n]
+    prompt = sum(sequence.num_prompt for sequence in firsts)
+    written = sum(sequence.stream.num_tokens for sequence in answer.sequences) * count_output
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(sequence.cached_tokens for sequence in firsts)
+        },
+    }
+
+
+def text_token(
+    tokenizer: Tokenizer, id: int, entry: PositionLogprobs
+) -> tuple[float, dict[str, float]]:
+    """A token's log-probability, and the likeliest tokens' by their text, the token's own with it.
+    """
+    own = max(entry.logprob, LOWEST_LOGPROB)
+    tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
+    by_text = {tokenizer.token_string(top): max(value, LOWEST_LOGPROB) for top, value in tops}
+    by_text.setdefault(tokenizer.token_string(id), own)
+    return own, by_text
+
+
+def chat_token(tokenizer: Tokenizer, id: int, entry: PositionLogprobs) -> dict[str, Any]:
+    """A token's log-probability and the likeliest tokens', as chat shows them."""
+    tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
+    return one_token(tokenizer, id, entry.logprob) | {
+        "top_logprobs": [one_token(tokenizer, top, value) for top, value in tops]
+    }
+
+
+def one_token(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
+    """A token with its text, its bytes and its log-probability."""
+    return {
+        "token": tokenizer.token_string(id),
+        "logprob": max(logprob, LOWEST_LOGPROB),
+        "bytes": list(tokenizer.token_bytes(id)),
+    }
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """`value` as a JSON response."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def error_response(error: PagedServeError) -> Response:
+    """The error object with its status, below 4 KiB whatever it quotes."""
+    body = msgspec.json.encode(error.body())
+    if len(body) > MAX_ERROR_BYTES:  # characters that take six bytes each
+        short = PagedServeError(shorten(error.message, 256), code=error.code)
+        body = msgspec.json.encode({"error": short.body()["error"] | {"type": error.type}})
+    response = Response(body, error.status, media_type="application/json")
+    if isinstance(error, UnavailableError):
+        response.headers["Retry-After"] = RETRY_AFTER_SECONDS
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response

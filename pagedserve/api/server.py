@@ -1,0 +1,239 @@
+"""The API process's life: listen first, load behind it, serve, drain, and leave with a true status.
+
+    start ── port answers 503 with the phase ── ready ── SIGINT or SIGTERM ── drain ── exit 0
+                          │                       │                             └─ again: at once
+                          └── cannot start        └── engine dies: live requests get the cause
+                              exit 1                  exit 1
+
+Heavy imports happen in here, after the engine process was started, so that both load at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from pagedserve.config import Config, ServerConfig, api_key_from_environment
+from pagedserve.engine.client import EngineClient
+from pagedserve.errors import PagedServeError, StartupError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from pagedserve.api.service import Service
+
+DEATH_SECONDS = 2.0  # how long a dead server still says why, before it exits
+CLOSE_SECONDS = 2  # for connections to take their last bytes
+BACKLOG = 2048
+
+Say = Callable[[str], None]
+
+
+def run(
+    config: Config, say: Say = print, *, engine_module: str = "pagedserve.engine.process"
+) -> int:
+    """Serve until a signal; the exit status. `say` gets lines for people.
+
+    Raises StartupError when the server cannot start, PagedServeError when its engine died later.
+    """
+    key = config.server.api_key or api_key_from_environment()
+    started = time.monotonic()
+    sock = listen(config.server, key)
+    say(f"listening on {url(sock)} (503 until the model is loaded)")
+    client = EngineClient(engine_module)
+    try:
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            life = Life(config, client, sock, say, started)
+            return runner.run(life.live(key))
+    finally:
+        sock.close()
+        client.close()
+
+
+class Life:
+    """One run of the server."""
+
+    def __init__(
+        self, config: Config, client: EngineClient, sock: socket.socket, say: Say, started: float
+    ):
+        self._config = config
+        self._client = client
+        self._sock = sock
+        self._say = say
+        self._started = started
+        self._first_signal = asyncio.Event()
+        self._second_signal = asyncio.Event()
+
+    async def live(self, key: str | None) -> int:
+        """The whole life; see `run`."""
+        from pagedserve.api.app import build_app
+        from pagedserve.api.service import Service
+
+        self._watch_signals()
+        service = Service(self._config, self._client)
+        service.on_phase = self._report
+        server = http_server(build_app(service, key=key), self._config.server)
+        serving = asyncio.create_task(server.serve(sockets=[self._sock]))
+        starting = asyncio.create_task(self._start(service))
+        try:
+            return await self._until_the_end(service)
+        finally:
+            starting.cancel()
+            service.close()
+            server.should_exit = True
+            server.force_exit = self._second_signal.is_set()
+            await serving
+
+    async def _start(self, service: Service) -> None:
+        await service.start()
+        if service.ready is None:
+            return
+        engine, where = service.ready, url(self._sock)
+        self._report(
+            f"ready: {engine.architecture}, {engine.dtype} on {engine.device}, context "
+            f"{engine.max_model_len}, {engine.num_blocks} KV blocks of {engine.block_size} tokens"
+        )
+        self._say(f"\n{service.model_name} is served at {where}/v1 - try:\n")
+        self._say(example(where, service.model_name))
+
+    async def _until_the_end(self, service: Service) -> int:
+        """Wait for a signal or a death; then drain, or raise the cause."""
+        await first_of(self._first_signal.wait(), service.failure)
+        if not service.failure.done():
+            self._say("\nshutting down: running requests finish (again: stop at once)")
+            service.draining = True
+            drained = asyncio.timeout(self._config.server.shutdown_timeout)
+            with contextlib.suppress(TimeoutError):
+                async with drained:
+                    await first_of(self._second_signal.wait(), service.failure, until_idle(service))
+        if service.failure.done():
+            await self._tell_of_death(service)
+        return 128 + signal.SIGINT if self._second_signal.is_set() else 0
+
+    async def _tell_of_death(self, service: Service) -> None:
+        """Raise the cause; after a moment in which clients can read it, if there were clients."""
+        cause = service.failure.result()
+        if self._client.ready is None:
+            raise StartupError(cause)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DEATH_SECONDS):
+                await self._first_signal.wait()
+        raise PagedServeError(f"the engine died: {cause}")
+
+    def _report(self, phase: str) -> None:
+        self._say(f"{time.monotonic() - self._started:6.2f} s  {phase}")
+
+    def _watch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: a test
+                loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        if self._first_signal.is_set():
+            self._second_signal.set()
+        self._first_signal.set()
+
+
+async def first_of(*waits: object) -> None:
+    """Wait until the first of `waits` (coroutines, futures) is done; cancel the coroutines."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            if isinstance(task, asyncio.Task):
+                task.cancel()
+
+
+async def until_idle(service: Service) -> None:
+    """Wait until no request is under way."""
+    while service.answers:
+        await asyncio.sleep(0.05)
+
+
+def http_server(app: object, config: ServerConfig) -> uvicorn.Server:
+    """A uvicorn server that leaves signals and logging to us."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    if config.access_log:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    return Server(
+        uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            log_config=None,
+            access_log=config.access_log,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+        )
+    )
+
+
+def listen(config: ServerConfig, key: str | None) -> socket.socket:
+    """The listening socket. Connections wait in it until the application is imported."""
+    check_binding(config, key)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((config.host, config.port))
+    except OSError as error:
+        sock.close()
+        raise StartupError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}; "
+            "choose another with --port"
+        ) from error
+    sock.listen(BACKLOG)
+    return sock
+
+
+def check_binding(config: ServerConfig, key: str | None) -> None:
+    """Raise StartupError for an address that others can reach while no key is set."""
+    if key or is_loopback(config.host):
+        return
+    raise StartupError(
+        f"--host {config.host} can be reached from other machines, and no API key is set: anybody "
+        "could use this server. Set --api-key or PAGEDSERVE_API_KEY, or listen on 127.0.0.1."
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """True for addresses that only this machine reaches."""
+    import ipaddress
+
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def url(sock: socket.socket) -> str:
+    """Where `sock` listens, as a URL."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def example(where: str, model: str) -> str:
+    """A first request to copy."""
+    return (
+        f"  curl {where}/v1/chat/completions -H 'Content-Type: application/json' -d "
+        f'\'{{"model": "{model}", "stream": true, '
+        '"messages": [{"role": "user", "content": "Hello!"}]}\''
+    )
