@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor, float32
 from torch import dtype as Dtype
-from torch import float32
 
 from pagedserve.errors import StartupError
+from pagedserve.kernels import onednn_linear
+from pagedserve.kernels.matrix import Matrix, PlainMatrix
 
 CGROUP_MEMORY = (  # limit, usage: version 2, then version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -50,6 +52,10 @@ class Device(Protocol):
         """The dtype that "auto" means for a checkpoint held in `checkpoint_dtype`."""
         ...
 
+    def matrix(self, weight: Tensor) -> Matrix:
+        """`weight` [out, in] in the form that is multiplied by fastest here; it may be copied."""
+        ...
+
     def synchronize(self) -> None:
         """Return when everything launched so far is done."""
         ...
@@ -76,6 +82,11 @@ class Cpu:
         # bfloat16 matrix products are slower than these on most CPUs, and less exact.
         return float32
 
+    def matrix(self, weight: Tensor) -> Matrix:
+        if onednn_linear.available(weight):
+            return onednn_linear.PackedMatrix.of(weight)
+        return PlainMatrix(weight)
+
     def synchronize(self) -> None:
         return None
 
@@ -97,6 +108,9 @@ class Cuda:
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         return checkpoint_dtype
+
+    def matrix(self, weight: Tensor) -> Matrix:
+        return PlainMatrix(weight)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request as HttpRequest
 
@@ -23,7 +23,7 @@ from pagedserve.request import (
 )
 
 Float = Annotated[float, Field(allow_inf_nan=False)]
-TokenIds = Annotated[list[int], FailFast(), Field(max_length=MAX_STOP_TOKEN_IDS)]
+TokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)]
 Name = Annotated[str, Field(max_length=1024)]
 Priority = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 

@@ -98,7 +98,7 @@ class Life:
             return
         engine, where = service.ready, url(self._sock)
         self._report(
-            f"ready: {engine.architecture}, {engine.dtype} on {engine.device}, context "
+            f"ready: {engine.dtype} on {engine.device}, context "
             f"{engine.max_model_len}, {engine.num_blocks} KV blocks of {engine.block_size} tokens"
         )
         self._say(f"\n{service.model_name} is served at {where}/v1 - try:\n")

@@ -1,27 +1,31 @@
-"""A matrix with an optional bias. `weight` may be several of a checkpoint's matrices, stacked."""
+"""A matrix with an optional bias. The matrix may be several of a checkpoint's, stacked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from pagedserve.device import Device
+from pagedserve.kernels.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x · weightᵀ + bias. weight: [out, in]; bias: [out] or None."""
+    """y = x · matrixᵀ + bias. bias: [out] or None."""
 
-    weight: Tensor
+    matrix: Matrix
     bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, device: Device) -> Linear:
+        """weight: [out, in], in the form that `device` multiplies fastest by."""
+        return cls(device.matrix(weight), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, in] → [T, out]."""
-        return F.linear(x, self.weight, self.bias)
+        return self.matrix.apply(x, self.bias)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + y, one op where there is no bias. x: [T, in], residual: [T, out]."""
-        if self.bias is None:
-            return torch.addmm(residual, x, self.weight.t())
-        return self(x).add_(residual)
+        """residual + y. x: [T, in], residual: [T, out]."""
+        return self.matrix.add(x, self.bias, residual)

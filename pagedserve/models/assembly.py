@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pagedserve.device import Device
 from pagedserve.layers.attention import Attention
 from pagedserve.layers.embedding import Embedding
 from pagedserve.layers.linear import Linear
@@ -24,7 +25,7 @@ from pagedserve.spec import Attn, DecoderSpec, Mlp, Norm, Rope
 
 
 def assemble(
-    spec: DecoderSpec, source: Source, *, device: torch.device, dtype: torch.dtype
+    spec: DecoderSpec, source: Source, *, device: Device, dtype: torch.dtype
 ) -> Decoder:
     """Read every weight of `spec` into `dtype` on `device`.
 
@@ -39,7 +40,7 @@ class Assembly:
 
     spec: DecoderSpec
     source: Source
-    device: torch.device
+    device: Device
     dtype: torch.dtype
 
     def decoder(self) -> Decoder:
@@ -48,11 +49,11 @@ class Assembly:
         for layer in spec.layers:
             if layer.attn.rope is not None and layer.attn.rope not in ropes:
                 ropes.append(layer.attn.rope)
-        rotaries = tuple(Rotary(rope, self.device) for rope in ropes)
+        rotaries = tuple(Rotary(rope, self.device.torch) for rope in ropes)
         embedding = self.embedding()
         blocks = tuple(self.block(i, ropes) for i in range(len(spec.layers)))
         final_norm = self.norm("final_norm")
-        head = self.head(embedding.table)
+        head = Linear.of(self.head(embedding.table), None, self.device)
         self.source.finish()
         return Decoder(spec, embedding, blocks, rotaries, final_norm, head)
 
@@ -111,9 +112,9 @@ class Assembly:
     def linear(self, rows: dict[str, int], columns: int, i: int) -> Linear:
         """The matrices of several roles stacked; `rows`: how many output rows each has."""
         total = sum(rows.values())
-        weight = torch.empty((total, columns), dtype=self.dtype, device=self.device)
+        weight = torch.empty((total, columns), dtype=self.dtype, device=self.device.torch)
         biased = [role for role in rows if self.has_bias(role, i)]
-        bias = torch.zeros(total, dtype=self.dtype, device=self.device) if biased else None
+        bias = torch.zeros(total, dtype=self.dtype, device=self.device.torch) if biased else None
         start = 0
         for role, count in rows.items():
             part = slice(start, start + count)
@@ -123,13 +124,13 @@ class Assembly:
             if bias is not None and role in biased:
                 self.source.read(f"{self.name(role, i)}.bias", bias[part])
             start += count
-        return Linear(weight, bias)
+        return Linear.of(weight, bias, self.device)
 
     def tensor(
         self, role: str, shape: Sequence[int], i: int | None = None, *, part: str = "weight"
     ) -> Tensor:
         """One tensor of its own."""
-        into = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
+        into = torch.empty(tuple(shape), dtype=self.dtype, device=self.device.torch)
         self.source.read(f"{self.name(role, i)}.{part}", into)
         return into
 

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pagedserve.attention.base import AttentionBackend, Plan
 from pagedserve.attention.batch import Batch
 from pagedserve.layers.attention import Attention
 from pagedserve.layers.embedding import Embedding
+from pagedserve.layers.linear import Linear
 from pagedserve.layers.mlp import FeedForward
 from pagedserve.layers.norm import Normalize
 from pagedserve.layers.rotary import Rotary
@@ -41,7 +41,8 @@ class Block:
 class Decoder:
     """A model with its weights, all on one device and of one dtype.
 
-    head: [vocab, C]; the embedding itself where tied. `rotaries`: the different ones of all layers.
+    head: hidden to vocabulary; on the embedding's own memory where tied and not packed. `rotaries`:
+    the different ones of all layers.
     """
 
     spec: DecoderSpec
@@ -49,7 +50,7 @@ class Decoder:
     blocks: tuple[Block, ...]
     rotaries: tuple[Rotary, ...]
     final_norm: Normalize
-    head: Tensor
+    head: Linear
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,24 +82,21 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, C], rows of what `forward` returned → [n, vocab] float32."""
         with torch.inference_mode():
-            return F.linear(hidden, self.head).float()
+            return self.head(hidden).float()
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights; a tied head is counted once."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
-
-    def tensors(self) -> list[Tensor]:
-        """Every weight, once."""
-        found: list[Tensor | None] = [self.embedding.table, self.embedding.position_table]
-        found += [self.final_norm.weight, self.final_norm.bias]
-        if self.head is not self.embedding.table:
-            found.append(self.head)
+        """Bytes of all weights; a tied head counts where it is a copy."""
+        linears, tensors = [self.head], [self.embedding.table, self.embedding.position_table]
+        norms = [self.final_norm]
         for block in self.blocks:
-            attention, ffn = block.attention, block.ffn
-            for linear in (attention.qkv, attention.out, ffn.up, ffn.down):
-                found += [linear.weight, linear.bias]
-            for norm in (block.pre_attn, block.pre_ffn):
-                found += [norm.weight, norm.bias]
-            if attention.head_norm is not None:
-                found.append(attention.head_norm.weight)
-        return [tensor for tensor in found if tensor is not None]
+            linears += [block.attention.qkv, block.attention.out, block.ffn.up, block.ffn.down]
+            norms += [block.pre_attn, block.pre_ffn]
+            if block.attention.head_norm is not None:
+                tensors.append(block.attention.head_norm.weight)
+        for norm in norms:
+            tensors += [norm.weight, norm.bias]
+        tensors += [linear.bias for linear in linears]
+        matrices = sum(linear.matrix.nbytes for linear in linears)
+        if self.head.matrix.shares(self.embedding.table):
+            matrices -= self.embedding.table.nbytes
+        return matrices + sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -56,7 +56,7 @@ def load_model(
     else:
         on_progress("loading weights")
         source = Checkpoint(directory, spec, on_progress)
-    decoder = assemble(spec, source, device=device.torch, dtype=wanted)
+    decoder = assemble(spec, source, device=device, dtype=wanted)
     return LoadedModel(
         spec=spec,
         decoder=decoder,

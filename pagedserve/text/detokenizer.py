@@ -122,10 +122,11 @@ class WindowDetokenizer:
 
 
 class CleaningDetokenizer:
-    """Takes spaces off before punctuation, one word late.
+    """Takes spaces off before punctuation, a word or two late.
 
-    Every pattern of `clean_up` begins with a space and holds no second one, but for " ' ". So a cut
-    just before a space never goes through a match, unless " '" stands before the cut.
+    Every pattern of `clean_up` begins with a space and holds no second one, but for " ' ", whose
+    replacement joins what stands around it. So a cut just before a space goes through no match,
+    unless a lone apostrophe stands on either side of it.
     """
 
     def __init__(self, inner: Detokenizer):
@@ -134,8 +135,9 @@ class CleaningDetokenizer:
 
     def push(self, token_id: int) -> str:
         self._held += self._inner.push(token_id)
-        cut = self._held.rfind(" ")
-        while cut > 0 and self._held.endswith(" '", 0, cut):
+        # The last space is no good: what follows it must be known.
+        cut = self._held.rfind(" ", 0, -1)
+        while cut > 0 and (self._held[cut + 1] == "'" or self._held.endswith(" '", 0, cut)):
             cut = self._held.rfind(" ", 0, cut)
         if cut <= 0:
             return ""

@@ -2,7 +2,7 @@
 
 Built on the `tokenizers` library from three files of a model directory: `tokenizer.json` (the
 vocabulary and the algorithm), `tokenizer_config.json` and `special_tokens_map.json` (which tokens
-are special, what is added in front). The room knows nothing of models, requests or streams.
+are special). The room knows nothing of models, requests or streams.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from pagedserve.errors import StartupError
@@ -49,8 +49,6 @@ class Tokenizer:
         add_missing_tokens(backend, self.config, self.special_tokens)
         backend.no_truncation()
         backend.no_padding()
-        if "add_bos_token" in self.config or "add_eos_token" in self.config:
-            backend.post_processor = bos_eos_processor(backend, self.config, self.special_tokens)
         self.special_ids = frozenset(
             id for id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -162,19 +160,3 @@ def add_missing_tokens(
     backend.add_special_tokens(
         [AddedToken(text, special=True, normalized=False) for text in dict.fromkeys(missing)]
     )
-
-
-def bos_eos_processor(
-    backend: Backend, config: Mapping[str, Any], specials: Mapping[str, str]
-) -> Any:
-    """What `add_bos_token` and `add_eos_token` of the config ask for, in place of tokenizer.json's.
-    """
-    template, used = ["$A:0"], []
-    bos, eos = specials.get("bos_token"), specials.get("eos_token")
-    if config.get("add_bos_token") and bos is not None:
-        template.insert(0, f"{bos}:0")
-        used.append((bos, backend.token_to_id(bos)))
-    if config.get("add_eos_token") and eos is not None:
-        template.append(f"{eos}:0")
-        used.append((eos, backend.token_to_id(eos)))
-    return processors.TemplateProcessing(single=template, special_tokens=used)

@@ -8,6 +8,9 @@ view per layer. Zero-filled: what a padding row reads is finite.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +35,12 @@ def allocate(
     spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """One view [num_blocks, 2, block_size, num_kv_heads, head_dim] per layer, of one tensor."""
-    cache = torch.zeros(
-        (num_blocks, len(spec.layers), 2, *layer_shape(spec, block_size)),
-        dtype=dtype,
-        device=device,
-    )
+    shape = (num_blocks, len(spec.layers), 2, *layer_shape(spec, block_size))
+    if device.type == "cpu":
+        # numpy asks the system for zero pages, which cost nothing until they are written; torch
+        # writes every zero, seconds for a cache of gigabytes.
+        pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+        cache = torch.from_numpy(pages).view(dtype).view(shape)
+    else:
+        cache = torch.zeros(shape, dtype=dtype, device=device)
     return list(cache.unbind(1))

@@ -1,0 +1,401 @@
+"""The offline engine: prompts in, finished texts out, no server. Names and shapes are vLLM's.
+
+    from pagedserve import LLM, SamplingParams
+
+    with LLM() as llm:
+        for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
+            print(output.outputs[0].text)
+
+It is the same engine process and the same text path as the server's; this process imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from pagedserve.config import Config
+from pagedserve.engine.channel import Finish, Logprobs, Progress, Ready
+from pagedserve.engine.client import EngineClient
+from pagedserve.errors import PagedServeError, RequestError, StartupError
+from pagedserve.request import (
+    Request,
+    SamplingParams,
+    check_prompt,
+    check_vocabulary,
+    choice_seed,
+)
+from pagedserve.text.chat import NO_TEMPLATE, ChatTemplate, check_messages, load_text
+from pagedserve.text.deltas import Delta, PositionLogprobs, TextStream
+from pagedserve.text.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Any]
+POLL_SECONDS = 0.1  # how soon an interrupted `stream` notices
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's log-probability at a position; rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PositionTable = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of a prompt's completions."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionTable] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        """True when nothing follows."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A prompt with its completions."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[PositionTable | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+class Collector:
+    """The engine client's sink of one sequence: its Deltas, its prompt's figures, its error."""
+
+    def __init__(self, stream: TextStream, abort: Callable[[], None]):
+        self.stream = stream
+        self.deltas: list[Delta] = []
+        self.prompt_entries: list[Logprobs] = []
+        self.error: PagedServeError | None = None
+        self._abort = abort
+
+    @property
+    def ended(self) -> bool:
+        """True when nothing follows."""
+        return self.stream.finish_reason is not None or self.error is not None
+
+    def started(self, cached_tokens: int) -> None:
+        pass
+
+    def prompt_logprobs(self, entries: list[Logprobs]) -> None:
+        self.prompt_entries += entries
+
+    def token(self, token_id: int, logprobs: Logprobs | None, finish: Finish | None) -> None:
+        reason, stop_token = (finish.reason, finish.stop_token) if finish else (None, None)
+        delta = self.stream.push(token_id, logprobs, reason, stop_token)
+        self.deltas.append(delta)
+        if delta.finish_reason is not None and finish is None:
+            self._abort()  # a stop string: the engine does not know yet
+
+    def failed(self, error: PagedServeError) -> None:
+        self.error = error
+
+
+@dataclass(slots=True)
+class Pending:
+    """A prompt that the engine works on."""
+
+    prompt: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    ids: list[int]
+    sinks: list[Collector]
+
+
+class LLM:
+    """An engine process with a model, used from one thread.
+
+    `options` are the server's, by keyword: `LLM("dir", dtype="float32", max_model_len=2048)`.
+    Raises StartupError with the cause when the model cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        on_progress: Callable[[str, float], None] | None = None,
+        **options: Any,
+    ):
+        if model is not None:
+            options["model"] = model
+        self.config = Config.from_options(options)
+        self._counter = itertools.count()
+        self._template: ChatTemplate | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._client = EngineClient()
+        if on_progress is not None:
+            self._client.on_progress = reporter(on_progress)
+        try:
+            self._load()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _load(self) -> None:
+        from pagedserve.models.hub import resolve
+
+        model = self.config.model
+        directory = resolve(model.model, model.revision)
+        self._client.configure(self.config.to_builtins() | {"model": str(directory)})
+        if not model.skip_tokenizer_init:
+            self._tokenizer, self._template = load_text(
+                directory, tokenizer=model.tokenizer, chat_template=model.chat_template
+            )
+        while self._client.ready is None:
+            self._client.poll(None)
+            if self._client.cause_of_death is not None:
+                raise StartupError(self._client.cause_of_death)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """Stop the engine process. Idempotent."""
+        self._client.close()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises RequestError when it was left out (`skip_tokenizer_init`)."""
+        if self._tokenizer is None:
+            raise RequestError("there is no tokenizer: skip_tokenizer_init is set")
+        return self._tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence in tokens, prompt and answer together."""
+        assert self._client.ready is not None
+        return self._client.ready.max_model_len
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses where none are given."""
+        return SamplingParams()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs in the order of the prompts.
+
+        A prompt is a string, `{"prompt": text}` or `{"prompt_token_ids": ids}`. `use_tqdm` writes
+        one line to standard error with the time and the tokens a second. Raises RequestError before
+        anything runs if a prompt or its parameters cannot be served, and the first error of a
+        request that failed on the way.
+        """
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        wanted = per_prompt(sampling_params or self.get_default_sampling_params(), len(several))
+        work = [
+            self._pending(*self._read_prompt(prompt), params)
+            for prompt, params in zip(several, wanted, strict=True)
+        ]
+        start = time.monotonic()
+        self._run(work)
+        outputs = [self._output(pending) for pending in work]
+        if use_tqdm:
+            report_speed(outputs, time.monotonic() - start)
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several."""
+        one = not messages or isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        prompts = [{"prompt_token_ids": self.chat_prompt(each)} for each in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The token ids that the chat template makes of `messages`."""
+        checked = check_messages(messages)
+        if self._template is None:
+            raise RequestError(NO_TEMPLATE, param="messages")
+        return self.get_tokenizer().encode(self._template.render(checked), False)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Delta]:
+        """Complete one prompt, Delta by Delta. Ends early, and aborts, once `interrupted()`."""
+        params = sampling_params or self.get_default_sampling_params()
+        if params.n != 1:
+            raise RequestError("stream writes one completion; n must be 1", param="n")
+        work = self._pending(*self._read_prompt(prompt), params)
+        (sink,) = work.sinks
+        self._submit([work])
+        try:
+            while not interrupted():
+                deltas, sink.deltas = sink.deltas, []
+                yield from deltas
+                if sink.error is not None:
+                    raise sink.error
+                if sink.ended and not sink.deltas:
+                    return
+                self._client.poll(POLL_SECONDS)
+        finally:
+            self._client.abort(work.ids)
+
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                text = prompt.get("prompt")
+                return text, list(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt", "")
+        if not isinstance(prompt, str):
+            raise RequestError("a prompt is a string, or has prompt_token_ids", param="prompt")
+        return prompt, self.get_tokenizer().encode(prompt)
+
+    def _pending(self, text: str | None, ids: list[int], params: SamplingParams) -> Pending:
+        ready = self._client.ready
+        assert ready is not None
+        if params.stop and (self._tokenizer is None or not params.detokenize):
+            raise RequestError("stop strings need a tokenizer and detokenize", param="stop")
+        check_vocabulary(params, ready.vocab_size)
+        params = check_prompt(
+            ids, params, vocab_size=ready.vocab_size, max_model_len=ready.max_model_len
+        )
+        own = [self._client.next_id() for _ in range(params.n)]
+        abort = self._client.abort
+        sinks = [
+            Collector(TextStream(self._tokenizer, params), functools.partial(abort, [id]))
+            for id in own
+        ]
+        return Pending(text, ids, params, own, sinks)
+
+    def _submit(self, work: list[Pending]) -> None:
+        now = time.monotonic()
+        requests, sinks = [], []
+        for pending in work:
+            given = pending.params.seed
+            for index, id in enumerate(pending.ids):
+                # Without a seed of its own a request draws from the engine's, so that a script
+                # gives the same outputs each time it runs.
+                seed = choice_seed(self.config.model.seed, id)
+                if given is not None:
+                    seed = choice_seed(given, index)
+                requests.append(Request(id, pending.token_ids, pending.params, seed, 0, now))
+            sinks += pending.sinks
+        self._client.submit(requests, sinks)
+
+    def _run(self, work: list[Pending]) -> None:
+        sinks = [sink for pending in work for sink in pending.sinks]
+        self._submit(work)
+        try:
+            while not all(sink.ended for sink in sinks):
+                self._client.poll(None)
+                sinks = [sink for sink in sinks if not sink.ended or sink.error]
+                for sink in sinks:
+                    if sink.error is not None:
+                        raise sink.error
+        finally:
+            self._client.abort([id for pending in work for id in pending.ids])
+
+    def _output(self, pending: Pending) -> RequestOutput:
+        prompt_logprobs: list[PositionTable | None] | None = None
+        if pending.params.prompt_logprobs is not None:
+            entries = pending.sinks[0].prompt_entries
+            rest = zip(pending.token_ids[1:], entries, strict=True)
+            prompt_logprobs = [None, *(self._table(id, entry) for id, entry in rest)]
+        return RequestOutput(
+            request_id=str(next(self._counter)),
+            prompt=pending.prompt,
+            prompt_token_ids=pending.token_ids,
+            prompt_logprobs=prompt_logprobs,
+            outputs=[
+                self._completion(index, sink.deltas, pending.params)
+                for index, sink in enumerate(pending.sinks)
+            ],
+        )
+
+    def _completion(
+        self, index: int, deltas: list[Delta], params: SamplingParams
+    ) -> CompletionOutput:
+        output = CompletionOutput(
+            index,
+            text="".join(delta.text for delta in deltas),
+            token_ids=[id for delta in deltas for id in delta.token_ids],
+            finish_reason=deltas[-1].finish_reason,
+            stop_reason=deltas[-1].stop_reason,
+        )
+        if params.logprobs is not None:
+            entries = [entry for delta in deltas for entry in delta.logprobs]
+            output.cumulative_logprob = sum(entry.logprob for entry in entries)
+            output.logprobs = [
+                self._table(id, entry) for id, entry in zip(output.token_ids, entries, strict=True)
+            ]
+        return output
+
+    def _table(self, token_id: int, entry: PositionLogprobs) -> PositionTable:
+        """A position's tokens with their log-probabilities: the token's own first."""
+        show = self._tokenizer.token_string if self._tokenizer else lambda id: None
+        table = {token_id: Logprob(entry.logprob, entry.rank, show(token_id))}
+        tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
+        for rank, (id, logprob) in enumerate(tops, start=1):
+            table.setdefault(id, Logprob(logprob, rank, show(id)))
+        return table
+
+
+def per_prompt(
+    params: SamplingParams | Sequence[SamplingParams], num_prompts: int
+) -> list[SamplingParams]:
+    """One set of parameters for each prompt."""
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise RequestError(
+            f"there are {len(params)} sampling_params for {num_prompts} prompts",
+            param="sampling_params",
+        )
+    return list(params)
+
+
+def reporter(say: Callable[[str, float], None]) -> Callable[[Progress | Ready], None]:
+    """Hands start-up phases on as (text, seconds since the engine process started)."""
+
+    def report(message: Progress | Ready) -> None:
+        if isinstance(message, Progress):
+            say(" ".join(filter(None, (message.phase, message.detail))), message.seconds)
+        else:
+            say("ready", message.seconds)
+
+    return report
+
+
+def report_speed(outputs: list[RequestOutput], seconds: float) -> None:
+    """One line about a finished `generate`."""
+    import sys
+
+    tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    print(
+        f"{len(outputs)} prompts, {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tok/s",
+        file=sys.stderr,
+    )
