@@ -1,8 +1,8 @@
 """The server against `transformers.generate`, on one CPU, on the demo model, in one run.
 
-Both sides get the same token-id prompts, greedy, end-of-text ignored, fp32, the same number of torch
-threads, and take turns so that neither gets the machine's better minutes. The server is measured
-through HTTP; transformers is called in process. At concurrency 1 requests follow each other. At 16
+Both sides get the same token-id prompts, greedy, end-of-text ignored, fp32, each with its own
+default number of threads, and take turns so that neither gets the machine's better minutes. The
+server is measured through HTTP; transformers is called in process. At concurrency 1 requests follow each other. At 16
 the server gets 16 concurrent requests of mixed prompt and output length; transformers gets the same
 16 as one left-padded batch, which is the fastest way it offers, and only tokens that were asked for
 count. Tokens per second are output tokens over wall time.
@@ -50,7 +50,10 @@ def main() -> int:
         for turn in range(args.rounds + 1):  # the first round warms both up
             for concurrency in (1, 16):
                 jobs = make_jobs(random.Random(args.seed * 1000 + turn), concurrency, vocab)
-                for name, run in (("pagedserve", server.run), ("transformers", reference_runner(reference))):
+                for name, run in (
+                    ("pagedserve", server.run),
+                    ("transformers", reference_runner(reference)),
+                ):
                     started = time.perf_counter()
                     run(jobs, concurrency)
                     speed = sum(count for _, count in jobs) / (time.perf_counter() - started)

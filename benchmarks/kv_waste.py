@@ -16,11 +16,11 @@ import json
 import platform
 import random
 
-from pagedserve.version import __version__
 from pagedserve.engine.block_pool import BlockPool
 from pagedserve.engine.scheduler import Scheduler
 from pagedserve.request import Request, SamplingParams
 from pagedserve.step import StepOutput
+from pagedserve.version import __version__
 
 CONTEXT = 2048
 

@@ -35,16 +35,22 @@ def option(
 class ModelConfig:
     """Which weights, and how they are held."""
 
-    model: str = option(DEMO_MODEL, "directory or hub id of the model; the bundled demo if left out")
+    model: str = option(
+        DEMO_MODEL, "directory or hub id of the model; the bundled demo if left out"
+    )
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     tokenizer: str | None = option(None, "directory of the tokenizer, if not the model's own")
     skip_tokenizer_init: bool = option(False, "load no tokenizer: token ids in, token ids out")
     served_model_name: str | None = option(None, "name clients use; the model's own if left out")
     chat_template: str | None = option(None, "file with a Jinja chat template to use instead")
     dtype: str = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU", choices=DTYPES)
-    device: str = option("auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda")
+    )
     load_format: str = option(
-        "auto", "dummy: random weights of the right shapes", choices=("auto", "safetensors", "dummy")
+        "auto",
+        "dummy: random weights of the right shapes",
+        choices=("auto", "safetensors", "dummy"),
     )
     max_model_len: int | None = option(
         None, "longest sequence in tokens; what the model and memory allow if left out", low=1
@@ -109,7 +115,7 @@ class Config:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Config:
-        """Build from flat names (`LLM` keywords, parsed flags). Raises StartupError on a bad one."""
+        """Build from flat names (`LLM` keywords, parsed flags). Raises StartupError."""
         groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
         where = {option.name: group for group, option in each_option()}
         for name, value in options.items():

@@ -1,16 +1,16 @@
 """Every error this project raises on purpose, as one tree.
 
     PagedServeError                 500  something of ours
-    ├── RequestError                400  the client's mistake: names the parameter, the limit, the way out
+    ├── RequestError                400  the client's mistake: names parameter, limit, way out
     │   ├── ContextLengthExceeded   400
     │   ├── AuthenticationError     401
     │   ├── NotFoundError           404
     │   └── BodyTooLarge            413
-    ├── UnavailableError            503  not now: loading, draining or dead; says which and since when
-    └── StartupError                 –   the server cannot start: bad flag, bad checkpoint, no memory
+    ├── UnavailableError            503  not now: loading, draining or dead; says which
+    └── StartupError                 –   cannot start: bad flag, bad checkpoint, no memory
 
-An error knows its HTTP status and the body of the OpenAI error object. A broken invariant of our own
-is an `assert`, not a member of this tree.
+An error knows its HTTP status and the body of the OpenAI error object. A broken invariant of our
+own is an `assert`, not a member of this tree.
 """
 
 from __future__ import annotations
@@ -93,5 +93,5 @@ class StartupError(PagedServeError):
 
 
 def shorten(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
-    """`text` cut to `limit` characters, so that an error body stays under 4 KiB whatever came in."""
+    """`text` cut to `limit` characters: an error body stays under 4 KiB whatever came in."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -22,8 +22,8 @@ BlockId = NewType("BlockId", int)
 class Join:
     """A sequence takes a slot: a new one, or a preempted one that comes back.
 
-    `token_ids` is all that is known of it: the prompt, and for a replay what it had written. Rows of
-    the slot read their input tokens from there, and from what the worker itself samples.
+    `token_ids` is all that is known of it: the prompt, and for a replay what it had written. Rows
+    of the slot read their input tokens from there, and from what the worker itself samples.
     """
 
     slot: Slot
@@ -37,10 +37,10 @@ class Join:
 class Step:
     """One forward. Columns of the same group have the same length.
 
-    rows    slots[i] computes tokens starts[i] … starts[i] + counts[i] - 1 of its sequence and, where
-            samples[i], draws the token after them
-    growth  block grown_blocks[j] becomes entry grown_index[j] of grown_slots[j]'s block table; for a
-            joining slot this is its whole table
+    rows    slots[i] computes tokens starts[i] … starts[i] + counts[i] - 1 of its sequence and,
+            where samples[i], draws the token after them
+    growth  block grown_blocks[j] becomes entry grown_index[j] of grown_slots[j]'s block table; for
+            a joining slot this is its whole table
     """
 
     id: int

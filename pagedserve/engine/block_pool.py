@@ -23,7 +23,7 @@ ROOT = b"pagedserve"
 
 
 def chain_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    """Hash of a prefix that ends with one block more: SHA-256 of the previous hash and its tokens."""
+    """Hash of a prefix that is a block longer: SHA-256 of the previous hash and the tokens."""
     return hashlib.sha256(previous + array("q", token_ids).tobytes()).digest()
 
 
@@ -33,7 +33,9 @@ class BlockPool:
     def __init__(self, num_blocks: int, *, caching: bool = True):
         self.num_blocks = num_blocks
         self._caching = caching
-        self._free: OrderedDict[BlockId, None] = OrderedDict.fromkeys(map(BlockId, range(num_blocks)))
+        self._free: OrderedDict[BlockId, None] = OrderedDict.fromkeys(
+            map(BlockId, range(num_blocks))
+        )
         self._refs = [0] * num_blocks
         self._hash: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, BlockId] = {}

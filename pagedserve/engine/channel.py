@@ -32,31 +32,31 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of everything that crosses."""
 
 
-class Configure(Message):
-    """First message: the whole configuration as flat builtins, the model resolved to a directory."""
+class Configure(Message, frozen=True):
+    """First message: the configuration as flat builtins, the model resolved to a directory."""
 
     options: dict[str, Any]
 
 
-class Submit(Message):
+class Submit(Message, frozen=True):
     """New requests, in order of arrival."""
 
     requests: list[Request]
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """Requests nobody waits for any more; unknown ids are ignored, so sending twice is harmless."""
 
     ids: list[int]
 
 
-class Control(Message):
+class Control(Message, frozen=True):
     """An order that is no request: "reset_prefix_cache" or "shutdown"."""
 
     name: str
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """A start-up phase has begun; `seconds` is the time since the engine process started."""
 
     phase: str
@@ -64,7 +64,7 @@ class Progress(Message):
     detail: str = ""
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """The engine serves. What was settled from the model and from memory."""
 
     vocab_size: int
@@ -78,7 +78,7 @@ class Ready(Message):
     seconds: float
 
 
-class Logprobs(Message):
+class Logprobs(Message, frozen=True):
     """Log-probabilities of one position; the fields of `step.TokenLogprobs`."""
 
     logprob: float
@@ -87,7 +87,7 @@ class Logprobs(Message):
     top_logprobs: list[float]
 
 
-class Finish(Message):
+class Finish(Message, frozen=True):
     """Sequence `id` ended; `reason` is a `FinishReason`, `stop_token` the id that ended it."""
 
     id: int
@@ -95,7 +95,7 @@ class Finish(Message):
     stop_token: int | None = None
 
 
-class Outputs(Message):
+class Outputs(Message, frozen=True):
     """What one step produced. `token_ids[i]` is the next token of request `ids[i]`.
 
     `started`: (id, tokens found in the prefix cache) of requests that were first scheduled since
@@ -111,14 +111,14 @@ class Outputs(Message):
     started: list[tuple[int, int]] = []
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """Request `id` cannot go on: the error is its own, everything else runs on."""
 
     id: int
     message: str
 
 
-class Stats(Message):
+class Stats(Message, frozen=True):
     """Gauges and running totals, for /metrics."""
 
     running: int
@@ -131,23 +131,14 @@ class Stats(Message):
     steps: int
 
 
-class Dead(Message):
+class Dead(Message, frozen=True):
     """The engine cannot go on; `cause` is the one line that says why."""
 
     cause: str
 
 
 AnyMessage = (
-    Configure
-    | Submit
-    | Abort
-    | Control
-    | Progress
-    | Ready
-    | Outputs
-    | Failed
-    | Stats
-    | Dead
+    Configure | Submit | Abort | Control | Progress | Ready | Outputs | Failed | Stats | Dead
 )
 
 

@@ -138,9 +138,7 @@ class EngineClient:
     def check_available(self) -> None:
         """Raise UnavailableError with the phase or the cause of death unless the engine serves."""
         if self.cause_of_death is not None:
-            raise UnavailableError(
-                f"the engine is dead: {self.cause_of_death}", code="engine_dead"
-            )
+            raise UnavailableError(f"the engine is dead: {self.cause_of_death}", code="engine_dead")
         if self.ready is None:
             raise UnavailableError(f"the model is loading: {self.phase}", code="loading")
 

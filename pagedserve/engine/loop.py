@@ -99,7 +99,7 @@ class Engine:
                 ids=committed.ids,
                 token_ids=committed.token_ids,
                 finished=[Finish(id, reason, token) for id, reason, token in committed.finished],
-                logprobs=[entry and message_of(entry) for entry in committed.logprobs],
+                logprobs=[message_of(entry) if entry else None for entry in committed.logprobs],
                 prompt_logprobs=[
                     (id, [message_of(entry) for entry in entries])
                     for id, entries in committed.prompt_logprobs

@@ -14,7 +14,15 @@ import traceback
 
 from pagedserve.config import Config
 from pagedserve.engine.block_pool import BlockPool
-from pagedserve.engine.channel import Channel, ChannelClosed, Configure, Control, Dead, Progress, Ready
+from pagedserve.engine.channel import (
+    Channel,
+    ChannelClosed,
+    Configure,
+    Control,
+    Dead,
+    Progress,
+    Ready,
+)
 from pagedserve.engine.loop import Engine
 from pagedserve.engine.scheduler import Scheduler
 from pagedserve.errors import PagedServeError, shorten

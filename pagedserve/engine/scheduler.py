@@ -2,9 +2,9 @@
 
 There is no prefill phase and no decode phase: every running sequence has some tokens to compute,
 one token budget is shared out among them in order of importance (priority, then arrival), and what
-is left admits waiting ones. A long prompt is computed in pieces because the budget ends, not because
-a rule says so. When blocks run out the least important running sequence is preempted: it gives back
-its blocks and is recomputed later, from its prompt and what it has written.
+is left admits waiting ones. A long prompt is computed in pieces because the budget ends, not
+because a rule says so. When blocks run out the least important running sequence is preempted: it
+gives back its blocks and is recomputed later, from its prompt and what it has written.
 
         add ──▶ waiting ──admit──▶ running ──commit──▶ finished
                    ▲                  │

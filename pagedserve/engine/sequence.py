@@ -66,7 +66,9 @@ class Sequence:
         self.num_inflight = 0
         self.launched = 0  # launched steps, not committed yet, that touch this sequence
         self.blocks: list[BlockId] = []
-        self.hashes: list[bytes] = []  # chain hashes of the full blocks of `tokens`, as far as needed
+        self.hashes: list[
+            bytes
+        ] = []  # chain hashes of the full blocks of `tokens`, as far as needed
         self.num_published = 0
         self.slot: Slot | None = None
         self.status = Status.WAITING

@@ -51,6 +51,6 @@ def exponentials(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def race(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """Draw one token a row from softmax(logits): [n, vocab] fp32 → [n] int64. Rows may hold -inf."""
+    """One token a row from softmax(logits): [n, vocab] fp32, -inf allowed → [n] int64."""
     noise = exponentials(seeds, positions, logits.shape[-1])
     return (logits - noise.log_()).argmax(-1)

@@ -2,8 +2,8 @@
 
     [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
 
-A block is contiguous across layers, so moving one to another tier is one copy; kernels see a strided
-view per layer. Zero-filled: what a padding row reads is finite.
+A block is contiguous across layers, so moving one to another tier is one copy; kernels see a
+strided view per layer. Zero-filled: what a padding row reads is finite.
 """
 
 from __future__ import annotations

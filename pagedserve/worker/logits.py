@@ -60,7 +60,7 @@ class Penalties:
             params, scores = join.params, logits[row]
             seen = self._rows.token_ids[slot, :length]
             if params.repetition_penalty != 1.0:
-                ids = seen.unique()
+                ids = torch.unique(seen)
                 picked = scores[ids]
                 factor = params.repetition_penalty
                 scores[ids] = torch.where(picked > 0, picked / factor, picked * factor)

@@ -1,9 +1,9 @@
 """How much KV cache: arithmetic over what is free, before anything is allocated.
 
-    free memory (now, weights loaded)
-    ├── workspace: activations and logits of the largest step
-    ├── headroom: what --gpu-memory-utilization leaves to others
-    └── KV cache: the rest, as whole blocks
+free memory (now, weights loaded)
+├── workspace: activations and logits of the largest step
+├── headroom: what --gpu-memory-utilization leaves to others
+└── KV cache: the rest, as whole blocks
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def plan_blocks(
     on_gpu: bool,
     limits: Limits,
 ) -> int:
-    """Number of KV blocks. Raises StartupError, with the arithmetic, where not one sequence fits."""
+    """Number of KV blocks. Raises StartupError, with the arithmetic, where there is no room."""
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
     if cache.kv_cache_memory_bytes is not None:

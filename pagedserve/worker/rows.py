@@ -10,6 +10,8 @@ step finds its input whether or not the CPU has seen it: that is all overlap nee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ class Rows:
             )
             self.block_tables[slots, index] = blocks
 
-    def upload(self, *columns: list[int]) -> Tensor:
+    def upload(self, *columns: Sequence[int]) -> Tensor:
         """Columns of equal length as one [columns, length] int64 tensor: one copy to the device."""
         return torch.tensor(columns, dtype=torch.int64).to(self.device, non_blocking=True)
 

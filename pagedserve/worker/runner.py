@@ -157,7 +157,9 @@ class Runner:
                 end = min(start + count, num_prompt - 1)  # the last prompt token precedes output
                 for at in range(start, end, PROMPT_LOGITS_ROWS):
                     stop = min(at + PROMPT_LOGITS_ROWS, end)
-                    logits = self._model.decoder.logits(hidden[first + at - start : first + stop - start])
+                    logits = self._model.decoder.logits(
+                        hidden[first + at - start : first + stop - start]
+                    )
                     targets = self._rows.token_ids[slot, at + 1 : stop + 1]
                     columns = logprob_columns(logits, targets, [wanted] * (stop - at))
                     found.append((slot, columns))

@@ -103,7 +103,9 @@ class LiveServer:
             return error.code, error.read().decode()
 
     def metric(self, name: str) -> float:
-        found = re.search(rf"^pagedserve:{name}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics")[1], re.M)
+        found = re.search(
+            rf"^pagedserve:{name}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics")[1], re.M
+        )
         assert found, name
         return float(found.group(1))
 

@@ -64,7 +64,9 @@ def test_seeded_sampling_gives_the_same_tokens_alone_and_in_any_batch() -> None:
         together = llm.generate(asked, params)
         backwards = llm.generate(asked[::-1], params[::-1])[::-1]
         alone = [llm.generate(one, own)[0] for one, own in zip(asked, params, strict=True)]
-    tokens = [[output.outputs[0].token_ids for output in run] for run in (together, backwards, alone)]
+    tokens = [
+        [output.outputs[0].token_ids for output in run] for run in (together, backwards, alone)
+    ]
     assert tokens[0] == tokens[1] == tokens[2]
 
 

@@ -95,7 +95,9 @@ def test_a_double_release_is_caught() -> None:
         pool.release([block])
 
 
-def test_the_least_recently_released_prefix_is_evicted_first_and_its_end_before_its_beginning() -> None:
+def test_the_least_recently_released_prefix_is_evicted_first_and_its_end_before_its_beginning() -> (
+    None
+):
     pool = BlockPool(4)
     first, second = [pool.take(), pool.take()], [pool.take(), pool.take()]
     for number, blocks in enumerate((first, second)):

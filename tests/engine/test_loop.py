@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedserve.engine.scheduler import Scheduler
-from tests.engine.toy import Load, Script, ToyGpu, alone
+from tests.engine.toy import Load, Script, alone
 
 
 def check_tokens(load: Load, script: Script) -> None:

@@ -66,7 +66,9 @@ class ToyGpu:
         for slot, start, count, _ in rows:
             for position in range(start, start + count):
                 self.cache[self.where(slot, position)] = (self.tokens[slot][position], position)
-        sampled = [self.draw(slot, start + count) for slot, start, count, samples in rows if samples]
+        sampled = [
+            self.draw(slot, start + count) for slot, start, count, samples in rows if samples
+        ]
         self.max_tokens_in_a_step = max(self.max_tokens_in_a_step, step.num_tokens)
         self.num_mixed_steps += len(set(step.counts)) > 1
         return StepOutput(sampled)

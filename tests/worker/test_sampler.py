@@ -1,4 +1,4 @@
-"""Sampling: distributions against exact probabilities, keyed draws, processors, log-probabilities."""
+"""Sampling: exact distributions, keyed draws, processors, log-probabilities."""
 
 import math
 
@@ -26,7 +26,9 @@ class Bench:
         self.sampler = Sampler(num_slots, Processors(self.rows, vocab, EOS, CPU), CPU)
         self.lengths = [0] * num_slots
 
-    def join(self, slot: int, *, prompt: list[int], output: list[int] = (), seed: int = 0, **params):
+    def join(
+        self, slot: int, *, prompt: list[int], output: list[int] = (), seed: int = 0, **params
+    ):
         tokens = [*prompt, *output]
         join = Join(Slot(slot), tokens, len(prompt), SamplingParams(**params), seed)
         self.rows.token_ids[slot, : len(tokens)] = torch.tensor(tokens)
