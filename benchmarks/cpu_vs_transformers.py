@@ -2,10 +2,10 @@
 
 Both sides get the same token-id prompts, greedy, end-of-text ignored, fp32, each with its own
 default number of threads, and take turns so that neither gets the machine's better minutes. The
-server is measured through HTTP; transformers is called in process. At concurrency 1 requests follow each other. At 16
-the server gets 16 concurrent requests of mixed prompt and output length; transformers gets the same
-16 as one left-padded batch, which is the fastest way it offers, and only tokens that were asked for
-count. Tokens per second are output tokens over wall time.
+server is measured through HTTP; transformers is called in process. At concurrency 1 requests follow
+each other. At 16 the server gets 16 concurrent requests of mixed prompt and output length;
+transformers gets the same 16 as one left-padded batch, which is the fastest way it offers, and only
+tokens that were asked for count. Tokens per second are output tokens over wall time.
 
     python benchmarks/cpu_vs_transformers.py [--model DIR] [--rounds 3] [--seed 0]
 """

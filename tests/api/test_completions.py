@@ -188,5 +188,5 @@ def test_the_request_id_is_echoed_and_names_the_answer(http: httpx.Client) -> No
     answer = http.post("/v1/completions", json=body, headers={"X-Request-Id": "my-id.7"})
     assert answer.headers["x-request-id"] == "my-id.7"
     assert answer.json()["id"] == "cmpl-my-id.7"
-    other = http.post("/v1/completions", json=body, headers={"X-Request-Id": "é" * 9})
+    other = http.post("/v1/completions", json=body, headers={"X-Request-Id": "a b" * 9})
     assert len(other.headers["x-request-id"]) == 32

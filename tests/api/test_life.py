@@ -1,0 +1,218 @@
+"""The server process: port first, phases, drain, second signal, deaths, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pagedserve.api.server import check_binding, is_loopback
+from pagedserve.config import ServerConfig
+from pagedserve.errors import StartupError
+from tests.api.serving import ROOT, Server
+
+SLOW, DIE = 6663, 6661
+
+
+@pytest.fixture
+def start(checkpoint: Path, tmp_path: Path) -> Any:
+    """Start servers that are gone after the test."""
+    started: list[Server] = []
+
+    def make(**options: Any) -> Server:
+        log = tmp_path / f"log{len(started)}"
+        started.append(Server(log, **{"model": str(checkpoint), **options}))
+        return started[-1]
+
+    yield make
+    for server in started:
+        server.__exit__()
+
+
+class Stream(threading.Thread):
+    """A client that reads a slow stream to its end."""
+
+    def __init__(self, server: Server, **body: Any):
+        super().__init__()
+        self._server = server
+        self._body = {"prompt": "hello", "stream": True, "seed": SLOW, "max_tokens": 40} | body
+        self.text = ""
+        self.start()
+        server.wait_for("num_requests_running", 1)
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self._server.url, timeout=20) as http:
+            self.text = http.post("/v1/completions", json=self._body).text
+
+
+def test_the_port_answers_while_the_model_loads(start: Any) -> None:
+    server = start(max_num_seqs=13)  # the toy's order never to become ready
+    answer = server.http.get("/readyz")
+    assert time.monotonic() - server.started < 5  # 2 s on an idle machine
+    assert answer.status_code == 503
+    assert (answer.json()["phase"], "retry-after" in answer.headers) == ("loading", True)
+    deadline = time.monotonic() + 10
+    while server.http.get("/health").json()["loading"] != "toy phase":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for path, status in [("/livez", 200), ("/startupz", 503), ("/health", 503), ("/version", 200)]:
+        assert server.http.get(path).status_code == status
+    refused = server.http.post("/v1/completions", json={"prompt": "hi"})
+    assert refused.status_code == 503 and "retry-after" in refused.headers
+    assert refused.json()["error"]["message"] == "the model is loading: toy phase"
+    assert server.http.get("/v1/models").status_code == 503
+    server.signal()
+    assert server.exit_status() == 0
+
+
+def test_a_signal_drains_and_exits_0(start: Any) -> None:
+    server = start().until_ready()
+    assert [server.http.get(p).status_code for p in ("/livez", "/startupz", "/readyz")] == [200] * 3
+    stream = Stream(server)
+    server.signal(signal.SIGTERM)
+    deadline = time.monotonic() + 2
+    while (answer := server.http.get("/readyz")).status_code == 200:
+        assert time.monotonic() < deadline
+    assert answer.json()["phase"] == "draining"
+    assert server.http.get("/livez").status_code == 200
+    refused = server.http.post("/v1/completions", json={"prompt": "hi"})
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+    stream.join()
+    assert '"finish_reason":"length"' in stream.text and stream.text.endswith("[DONE]\n\n")
+    assert server.exit_status() == 0
+
+
+def test_the_drain_ends_after_its_time(start: Any) -> None:
+    server = start(shutdown_timeout=0.3).until_ready()
+    stream = Stream(server, max_tokens=2000)
+    server.signal()
+    assert server.exit_status() == 0
+    stream.join()
+    assert "the server is shutting down" in stream.text
+    assert stream.text.endswith("[DONE]\n\n")
+
+
+def test_a_second_signal_stops_at_once(start: Any) -> None:
+    server = start().until_ready()
+    stream = Stream(server, max_tokens=2000)
+    server.signal()
+    time.sleep(0.2)
+    server.signal()
+    begin = time.monotonic()
+    assert server.exit_status() == 130
+    assert time.monotonic() - begin < 3
+    stream.join()
+
+
+def test_engine_death_is_told_in_band_and_exits_1(start: Any) -> None:
+    server = start().until_ready()
+    victim = Stream(server, max_tokens=2000)
+    died = server.http.post("/v1/completions", json={"prompt": "hi", "seed": DIE})
+    assert died.status_code == 503
+    assert "the engine process exited with status 3" in died.json()["error"]["message"]
+    health = server.http.get("/health")
+    assert (health.status_code, health.json()["phase"]) == (503, "dead")
+    assert health.json()["cause"] == "the engine process exited with status 3"
+    assert [server.http.get(p).status_code for p in ("/livez", "/readyz", "/startupz")] == [503] * 3
+    victim.join()
+    event = victim.text.split("\n\n")[-3].removeprefix("data: ")
+    assert "exited with status 3" in json.loads(event)["error"]["message"]
+    assert victim.text.endswith("[DONE]\n\n")
+    assert server.exit_status() == 1
+    assert server.output.count("exited with status 3") == 1
+    assert "Traceback" not in server.output
+
+
+def test_a_killed_engine_is_named(start: Any) -> None:
+    server = start().until_ready()
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    (engine,) = map(int, children.split())
+    os.kill(engine, signal.SIGKILL)
+    assert server.exit_status() == 1
+    assert "the engine process was killed by SIGKILL" in server.output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"load_format": "dummy"}, "a toy cannot hold dummy weights"),
+        ({"model": "/nowhere"}, "there is no directory /nowhere"),
+        ({"tokenizer": "/nowhere"}, "there is no tokenizer.json"),
+        ({"chat_template": "/nowhere"}, "the chat template cannot be read"),
+        ({"skip_tokenizer_init": True}, "skip_tokenizer_init is for the offline LLM"),
+    ],
+)
+def test_a_start_that_fails_says_why_and_exits_1(options: Any, says: str, start: Any) -> None:
+    server = start(**options)
+    assert server.exit_status() == 1
+    assert server.output.count(says) == 1
+    assert "Traceback" not in server.output
+
+
+def test_a_directory_without_config_is_refused(start: Any, tmp_path: Path) -> None:
+    server = start(model=str(tmp_path))
+    assert server.exit_status() == 1
+    assert "no config.json" in server.output
+
+
+def test_a_port_in_use_is_named(start: Any) -> None:
+    server = start()
+    port = httpx.URL(server.url).port
+    code = subprocess.run(
+        [sys.executable, "-m", "tests.api.serving", json.dumps({"port": port})],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert code.returncode == 1
+    assert f"port {port}" in code.stdout and "--port" in code.stdout
+
+
+def test_the_terminal_shows_phases_and_last_a_line_to_try(start: Any) -> None:
+    server = start().until_ready()
+    deadline = time.monotonic() + 5
+    while "curl" not in server.output:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lines = server.output.strip().splitlines()
+    assert lines[0].startswith("listening on http://127.0.0.1:")
+    assert any(line.endswith("s  toy phase") for line in lines)
+    shown = lines[-1].strip()
+    answer = subprocess.run(shown, shell=True, capture_output=True, text=True)
+    assert "chat.completion.chunk" in answer.stdout
+
+
+def test_an_address_for_others_needs_a_key() -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.com"):
+        with pytest.raises(StartupError, match="--api-key"):
+            check_binding(ServerConfig(host=host), None)
+        check_binding(ServerConfig(host=host), "key")
+    for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):
+        assert is_loopback(host)
+        check_binding(ServerConfig(host=host), None)
+
+
+def test_with_a_key_every_route_but_the_probes_needs_it(start: Any) -> None:
+    server = start(api_key="sécret", access_log=True).until_ready()
+    paths = ["/v1/models", "/metrics", "/version", "/v1/completions", "/nothing", "/docs"]
+    for given in (None, "Bearer wrong", "Bearer", "sécret", "Basic sécret", "Bearer sécret2"):
+        headers = [] if given is None else [("Authorization", given.encode())]
+        for path in paths:
+            answer = server.http.get(path, headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+    for path in ("/health", "/livez", "/readyz", "/startupz"):
+        assert server.http.get(path).status_code == 200
+    right = [("Authorization", "bearer sécret".encode())]
+    assert server.http.get("/v1/models", headers=right).status_code == 200
+    assert "sécret" not in server.output
