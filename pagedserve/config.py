@@ -207,3 +207,15 @@ def add_flags(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] = tupl
 def api_key_from_environment() -> str | None:
     """PAGEDSERVE_API_KEY, so that a key need not stand in the process list."""
     return os.environ.get("PAGEDSERVE_API_KEY") or None
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: PAGEDSERVE_CACHE_DIR, or the user's cache directory."""
+    if own := os.environ.get("PAGEDSERVE_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagedserve"
+
+
+def cpu_kernels_wanted() -> bool:
+    """False where PAGEDSERVE_CPU_KERNELS is "off": torch's ops instead of ours, to compare them."""
+    return os.environ.get("PAGEDSERVE_CPU_KERNELS") != "off"

@@ -14,7 +14,7 @@ from torch import Tensor, float32
 from torch import dtype as Dtype
 
 from pagedserve.errors import StartupError
-from pagedserve.kernels import onednn_linear
+from pagedserve.kernels import cpu_matrix
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
 
 CGROUP_MEMORY = (  # limit, usage: version 2, then version 1
@@ -83,9 +83,7 @@ class Cpu:
         return float32
 
     def matrix(self, weight: Tensor) -> Matrix:
-        if onednn_linear.available(weight):
-            return onednn_linear.PackedMatrix.of(weight)
-        return PlainMatrix(weight)
+        return cpu_matrix.pack(weight) if cpu_matrix.fits(weight) else PlainMatrix(weight)
 
     def synchronize(self) -> None:
         return None

@@ -14,8 +14,10 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from pagedserve.config import Config
@@ -30,52 +32,12 @@ from pagedserve.request import (
     choice_seed,
 )
 from pagedserve.text.chat import NO_TEMPLATE, ChatTemplate, check_messages, load_text
-from pagedserve.text.deltas import Delta, PositionLogprobs, TextStream
+from pagedserve.text.deltas import Delta, TextStream
+from pagedserve.text.outputs import PositionTable, RequestOutput, completion, tables
 from pagedserve.text.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any]
 POLL_SECONDS = 0.1  # how soon an interrupted `stream` notices
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """A token's log-probability at a position; rank 1 is the likeliest."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None
-
-
-PositionTable = dict[int, Logprob]
-
-
-@dataclass(slots=True)
-class CompletionOutput:
-    """One of a prompt's completions."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[PositionTable] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-    def finished(self) -> bool:
-        """True when nothing follows."""
-        return self.finish_reason is not None
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """A prompt with its completions."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[PositionTable | None] | None
-    outputs: list[CompletionOutput]
-    finished: bool = True
 
 
 class Collector:
@@ -130,18 +92,20 @@ class LLM:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Path | None = None,
         *,
         on_progress: Callable[[str, float], None] | None = None,
         **options: Any,
     ):
         if model is not None:
-            options["model"] = model
+            options["model"] = str(model)
         self.config = Config.from_options(options)
         self._counter = itertools.count()
         self._template: ChatTemplate | None = None
         self._tokenizer: Tokenizer | None = None
         self._client = EngineClient()
+        # For scripts that just end: no process may stay behind.
+        weakref.finalize(self, self._client.close, 0.1)
         if on_progress is not None:
             self._client.on_progress = reporter(on_progress)
         try:
@@ -158,7 +122,7 @@ class LLM:
         self._client.configure(self.config.to_builtins() | {"model": str(directory)})
         if not model.skip_tokenizer_init:
             self._tokenizer, self._template = load_text(
-                directory, tokenizer=model.tokenizer, chat_template=model.chat_template
+                directory, model.tokenizer, model.chat_template
             )
         while self._client.ready is None:
             self._client.poll(None)
@@ -173,7 +137,8 @@ class LLM:
 
     def shutdown(self) -> None:
         """Stop the engine process. Idempotent."""
-        self._client.close()
+        # While it loads, the engine reads no orders: waiting for it would be in vain.
+        self._client.close(5.0 if self._client.ready else 0.1)
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises RequestError when it was left out (`skip_tokenizer_init`)."""
@@ -310,58 +275,31 @@ class LLM:
         sinks = [sink for pending in work for sink in pending.sinks]
         self._submit(work)
         try:
-            while not all(sink.ended for sink in sinks):
+            while sinks:
                 self._client.poll(None)
-                sinks = [sink for sink in sinks if not sink.ended or sink.error]
                 for sink in sinks:
                     if sink.error is not None:
                         raise sink.error
+                sinks = [sink for sink in sinks if not sink.ended]
         finally:
             self._client.abort([id for pending in work for id in pending.ids])
 
     def _output(self, pending: Pending) -> RequestOutput:
+        ids, params = pending.token_ids, pending.params
         prompt_logprobs: list[PositionTable | None] | None = None
-        if pending.params.prompt_logprobs is not None:
+        if params.prompt_logprobs is not None:
             entries = pending.sinks[0].prompt_entries
-            rest = zip(pending.token_ids[1:], entries, strict=True)
-            prompt_logprobs = [None, *(self._table(id, entry) for id, entry in rest)]
+            prompt_logprobs = [None, *tables(ids[1:], entries, self._tokenizer)]
         return RequestOutput(
             request_id=str(next(self._counter)),
             prompt=pending.prompt,
-            prompt_token_ids=pending.token_ids,
+            prompt_token_ids=ids,
             prompt_logprobs=prompt_logprobs,
             outputs=[
-                self._completion(index, sink.deltas, pending.params)
+                completion(index, sink.deltas, params, self._tokenizer)
                 for index, sink in enumerate(pending.sinks)
             ],
         )
-
-    def _completion(
-        self, index: int, deltas: list[Delta], params: SamplingParams
-    ) -> CompletionOutput:
-        output = CompletionOutput(
-            index,
-            text="".join(delta.text for delta in deltas),
-            token_ids=[id for delta in deltas for id in delta.token_ids],
-            finish_reason=deltas[-1].finish_reason,
-            stop_reason=deltas[-1].stop_reason,
-        )
-        if params.logprobs is not None:
-            entries = [entry for delta in deltas for entry in delta.logprobs]
-            output.cumulative_logprob = sum(entry.logprob for entry in entries)
-            output.logprobs = [
-                self._table(id, entry) for id, entry in zip(output.token_ids, entries, strict=True)
-            ]
-        return output
-
-    def _table(self, token_id: int, entry: PositionLogprobs) -> PositionTable:
-        """A position's tokens with their log-probabilities: the token's own first."""
-        show = self._tokenizer.token_string if self._tokenizer else lambda id: None
-        table = {token_id: Logprob(entry.logprob, entry.rank, show(token_id))}
-        tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
-        for rank, (id, logprob) in enumerate(tops, start=1):
-            table.setdefault(id, Logprob(logprob, rank, show(id)))
-        return table
 
 
 def per_prompt(
@@ -379,13 +317,14 @@ def per_prompt(
 
 
 def reporter(say: Callable[[str, float], None]) -> Callable[[Progress | Ready], None]:
-    """Hands start-up phases on as (text, seconds since the engine process started)."""
+    """Hands each start-up phase on, once, as (phase, seconds since the engine process started)."""
+    begun: set[str] = set()
 
     def report(message: Progress | Ready) -> None:
-        if isinstance(message, Progress):
-            say(" ".join(filter(None, (message.phase, message.detail))), message.seconds)
-        else:
-            say("ready", message.seconds)
+        phase = message.phase if isinstance(message, Progress) else "ready"
+        if phase not in begun:
+            begun.add(phase)
+            say(phase, message.seconds)
 
     return report
 

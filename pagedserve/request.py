@@ -224,18 +224,18 @@ def check_prompt(
     """
     if not token_ids:
         raise RequestError(f"{param} is empty; give at least one token", param=param)
-    low, high = min(token_ids), max(token_ids)
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise RequestError(
-            f"{param} holds token id {bad}; the vocabulary is 0 to {vocab_size - 1}", param=param
-        )
     room = max_model_len - len(token_ids)
     if room < 1:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {max_model_len} tokens; the prompt has "
             f"{len(token_ids)}, which leaves no room for an answer. Shorten the prompt.",
             param=param,
+        )
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise RequestError(
+            f"{param} holds token id {bad}; the vocabulary is 0 to {vocab_size - 1}", param=param
         )
     if params.max_tokens is None:
         return params.replace(max_tokens=room)

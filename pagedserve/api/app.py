@@ -28,6 +28,8 @@ from pagedserve.version import __version__
 
 log = logging.getLogger("pagedserve")
 
+METHODS = {"GET": ["GET", "HEAD"], "POST": ["POST"]}
+
 Handler = Callable[[Service, HttpRequest], Awaitable[Response]]
 
 ROUTES: list[tuple[str, str, Handler]] = [
@@ -50,7 +52,9 @@ def build_app(service: Service, *, key: str | None = None) -> FastAPI:
         title="pagedserve", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
     )
     for method, path, handler in ROUTES:
-        app.add_api_route(path, bound(handler, service), methods=[method], response_model=None)
+        app.add_api_route(
+            path, bound(handler, service), methods=METHODS[method], response_model=None
+        )
     app.add_exception_handler(PagedServeError, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientGone, on_client_gone)

@@ -31,4 +31,7 @@ class RequireKey:
     def _allowed(self, scope: Scope) -> bool:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         # Constant time: how much of a guess was right must not show in how long the answer took.
-        return scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self._key)
+        return scheme.lower() == "bearer" and hmac.compare_digest(
+            given.encode("latin-1"),
+            self._key,  # as it came over the wire
+        )

@@ -67,15 +67,20 @@ async def health(service: Service, request: HttpRequest) -> Response:
         "running": stats.running if stats else 0,
         "waiting": stats.waiting if stats else 0,
         "last_token_age_seconds": round(now - service.client.last_token_at, 3),
-        "phases": [
-            {"phase": each.phase, "seconds": round(each.seconds, 3)}
-            for each in service.client.phases
-        ],
+        "phases": phases(service),
     }
     response = json_response(body, 200 if service.phase == "ready" else 503)
     if service.phase != "ready":
         response.headers["Retry-After"] = RETRY_AFTER_SECONDS
     return response
+
+
+def phases(service: Service) -> list[dict[str, Any]]:
+    """The phases of the start, each once, with the second of the engine's life it began in."""
+    begun: dict[str, float] = {}
+    for each in service.client.phases:
+        begun.setdefault(each.phase, round(each.seconds, 3))
+    return [{"phase": phase, "seconds": seconds} for phase, seconds in begun.items()]
 
 
 async def version(service: Service, request: HttpRequest) -> Response:

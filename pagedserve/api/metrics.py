@@ -109,10 +109,8 @@ class Metrics:
             yield self._histogram(name, text, buckets)
 
     def _engine_families(self) -> Iterator[Metric]:
-        """What the engine last reported; nothing before it did."""
-        stats = self.stats
-        if stats is None:
-            return
+        """What the engine last reported; before it did, it has done nothing."""
+        stats = self.stats or Stats(0, 0, 0, 0, 0, 0, 0, 0)
         used = stats.blocks_used / max(stats.blocks_total, 1)
         yield self._gauge("num_requests_running", "Sequences being computed", stats.running)
         yield self._gauge("num_requests_waiting", "Sequences in the queue", stats.waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -10,13 +11,14 @@ from starlette.responses import Response
 from pagedserve.api.answer import Answer, joined, reading
 from pagedserve.api.openai_schema import NEUTRAL_CHAT, ChatBody, read_body
 from pagedserve.api.openai_shapes import Head, chat_token, check_model, json_response, usage_of
-from pagedserve.api.service import Service
+from pagedserve.api.service import INLINE_CHARS, Service
 from pagedserve.api.sse import Envelope, EventStream, encode
 from pagedserve.errors import RequestError
 from pagedserve.text.chat import NO_TEMPLATE, check_messages
 from pagedserve.text.deltas import Delta
 from pagedserve.text.tokenizer import Tokenizer
 
+INLINE_MESSAGES = 64  # rendered faster than a thread is reached
 MARK = "\ue000"  # stands for the text while a chunk's unchanging part is rendered
 
 
@@ -53,9 +55,15 @@ async def prompt_of(service: Service, body: ChatBody) -> list[int]:
     messages = check_messages(body.messages)
     if service.template is None:
         raise RequestError(NO_TEMPLATE, param="messages", code="no_chat_template")
-    text = service.template.render(messages)
+    render = service.template.render
+    size = sum(len(message["content"]) for message in messages)
+    if size <= INLINE_CHARS and len(messages) <= INLINE_MESSAGES:
+        text = render(messages)
+    else:
+        text = await asyncio.to_thread(render, messages)
     # The template wrote the special tokens; the tokenizer must not add them again.
-    return await service.encode(text, param="messages", add_special_tokens=False)
+    (ids,) = await service.encode([text], param="messages", add_special_tokens=False)
+    return ids
 
 
 def whole_choice(tokenizer: Tokenizer, body: ChatBody, index: int, delta: Delta) -> dict[str, Any]:

@@ -82,11 +82,11 @@ async def prepare(service: Service, body: CompletionBody, head: Head) -> Job:
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     job = Job(body, head, [], [], [], scoring, body.logprobs is not None)
-    for prompt in read_prompts(body.prompt):
-        if isinstance(prompt, str):
-            ids = await service.encode(prompt, param="prompt", add_special_tokens=True)
-        else:
-            ids = prompt
+    prompts = read_prompts(body.prompt)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await service.encode(texts, param="prompt", add_special_tokens=True))
+    for prompt in prompts:
+        ids = next(encoded) if isinstance(prompt, str) else prompt
         settled = service.check(ids, params, param="prompt")
         if body.max_tokens is None and settled.max_tokens is not None:
             settled = settled.replace(max_tokens=min(settled.max_tokens, DEFAULT_MAX_TOKENS))

@@ -169,7 +169,7 @@ async def read_body(
             code="unsupported_media_type",
         )
     try:
-        fields = from_json(await request.body())
+        fields = from_json(await request.body(), cache_strings="none")
     except ValueError as error:
         raise RequestError(f"the body is no valid JSON: {error}", code="invalid_json") from error
     if not isinstance(fields, dict):

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from pagedserve.api.service import Service
 
 DEATH_SECONDS = 2.0  # how long a dead server still says why, before it exits
-CLOSE_SECONDS = 2  # for connections to take their last bytes
+CLOSE_SECONDS = 2  # for connections to take their last bytes, and for the engine to stop
+KEEP_ALIVE_SECONDS = 65  # longer than the pools of common clients and proxies keep a connection
 BACKLOG = 2048
 
 Say = Callable[[str], None]
@@ -55,7 +56,8 @@ def run(
             return runner.run(life.live(key))
     finally:
         sock.close()
-        client.close()
+        # While it loads, the engine reads no orders: waiting for it would be in vain.
+        client.close(CLOSE_SECONDS if client.ready else 0.1)
 
 
 class Life:
@@ -71,6 +73,7 @@ class Life:
         self._started = started
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
+        self._reported = ("", started)
 
     async def live(self, key: str | None) -> int:
         """The whole life; see `run`."""
@@ -98,8 +101,9 @@ class Life:
             return
         engine, where = service.ready, url(self._sock)
         self._report(
-            f"ready: {engine.dtype} on {engine.device}, context "
-            f"{engine.max_model_len}, {engine.num_blocks} KV blocks of {engine.block_size} tokens"
+            "ready",
+            f"{engine.dtype} on {engine.device}, context "
+            f"{engine.max_model_len}, {engine.num_blocks} KV blocks of {engine.block_size} tokens",
         )
         self._say(f"\n{service.model_name} is served at {where}/v1 - try:\n")
         self._say(example(where, service.model_name))
@@ -128,8 +132,13 @@ class Life:
                 await self._first_signal.wait()
         raise PagedServeError(f"the engine died: {cause}")
 
-    def _report(self, phase: str) -> None:
-        self._say(f"{time.monotonic() - self._started:6.2f} s  {phase}")
+    def _report(self, phase: str, detail: str = "") -> None:
+        """A line when a phase begins, and of a long one every second how far it is."""
+        now = time.monotonic()
+        if phase == self._reported[0] and now < self._reported[1] + 1.0:
+            return
+        self._reported = phase, now
+        self._say(f"{now - self._started:6.2f} s  {phase} {detail}".rstrip())
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -170,7 +179,7 @@ def http_server(app: object, config: ServerConfig) -> uvicorn.Server:
             yield
 
     if config.access_log:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        show_access_log()
     return Server(
         uvicorn.Config(
             app,  # type: ignore[arg-type]
@@ -179,9 +188,20 @@ def http_server(app: object, config: ServerConfig) -> uvicorn.Server:
             lifespan="off",
             ws="none",
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
     )
+
+
+def show_access_log() -> None:
+    """Write uvicorn's line for each request to standard error, and nothing else of anybody's."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("uvicorn.access")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def listen(config: ServerConfig, key: str | None) -> socket.socket:

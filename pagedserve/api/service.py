@@ -7,20 +7,31 @@ takes requests and why not. It belongs to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
+import threading
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from pagedserve.api.answer import Answer
 from pagedserve.api.metrics import Metrics
 from pagedserve.config import DEMO_MODEL, Config
 from pagedserve.engine.channel import Progress, Ready
 from pagedserve.engine.client import EngineClient
-from pagedserve.errors import PagedServeError, RequestError, StartupError, UnavailableError
+from pagedserve.errors import (
+    ContextLengthExceeded,
+    PagedServeError,
+    RequestError,
+    StartupError,
+    UnavailableError,
+)
 from pagedserve.request import Request, SamplingParams, check_prompt, check_vocabulary, choice_seed
 from pagedserve.text.chat import ChatTemplate, load_text
 from pagedserve.text.deltas import TextStream
 from pagedserve.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 MAX_SEQUENCES = 1024  # of one HTTP request: prompts times n
 INLINE_CHARS = 4096  # text up to here is tokenised faster than a thread is reached
@@ -43,7 +54,7 @@ class Service:
         self.draining = False
         self.answers: set[Answer] = set()
         self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.on_phase: Callable[[str], None] = lambda phase: None
+        self.on_phase: Callable[[str, str], None] = lambda phase, detail: None
         self.tokenizer: Tokenizer | None = None
         self.template: ChatTemplate | None = None
         self.loading = "starting"
@@ -63,11 +74,10 @@ class Service:
             self._fail(f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """End what still runs, and the engine."""
+        """End what still runs, with an error that says so."""
         for answer in list(self.answers):
             answer.fail(UnavailableError("the server is shutting down", code="shutting_down"))
         asyncio.get_running_loop().remove_reader(self.client.fileno())
-        self.client.close()
 
     @property
     def phase(self) -> str:
@@ -102,30 +112,30 @@ class Service:
         if model.skip_tokenizer_init:
             raise StartupError("skip_tokenizer_init is for the offline LLM; HTTP speaks text")
         self._enter("finding the model")
-        directory = await asyncio.to_thread(resolve, model.model, model.revision, self._downloading)
+        loop = asyncio.get_running_loop()
+
+        def report(detail: str) -> None:  # from the thread
+            loop.call_soon_threadsafe(self._enter, detail)
+
+        directory = await in_daemon_thread(resolve, model.model, model.revision, report)
         options = self.config.to_builtins() | {"model": str(directory), "api_key": None}
         self.client.configure(options)
-        tokenizer, template = await asyncio.to_thread(
-            load_text, directory, tokenizer=model.tokenizer, chat_template=model.chat_template
+        tokenizer, template = await in_daemon_thread(
+            load_text, directory, model.tokenizer, model.chat_template
         )
         if self.client.ready is None:
             await self._ready.wait()
         self.tokenizer, self.template = tokenizer, template
-        self.on_phase("ready")
 
-    def _downloading(self, detail: str) -> None:
-        """Called from the thread that fetches the model."""
-        self.loading = detail
-
-    def _enter(self, phase: str) -> None:
-        self.loading = phase
-        self.on_phase(phase)
+    def _enter(self, phase: str, detail: str = "") -> None:
+        self.loading = " ".join(filter(None, (phase, detail)))
+        self.on_phase(phase, detail)
 
     def _progress(self, message: Progress | Ready) -> None:
         if isinstance(message, Ready):
             self._ready.set()
         else:
-            self._enter(" ".join(filter(None, (message.phase, message.detail))))
+            self._enter(message.phase, message.detail)
 
     def _readable(self) -> None:
         self.client.poll()
@@ -153,22 +163,28 @@ class Service:
 
     # -- requests --------------------------------------------------------------------------------
 
-    async def encode(self, text: str, *, param: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`; long ones in a thread. Refuses what cannot fit before the work."""
-        ready = self.check_available()
-        assert self.tokenizer is not None
+    async def encode(
+        self, texts: list[str], *, param: str, add_special_tokens: bool
+    ) -> list[list[int]]:
+        """Token ids of `texts`; much text in a thread. Refuses what cannot fit before the work."""
+        ready, tokenizer = self.check_available(), self.tokenizer
+        assert tokenizer is not None
         # Twice, because a normaliser may shorten text; nothing in use shortens it more.
-        if len(text) > 2 * self.tokenizer.longest_token * ready.max_model_len:
-            raise RequestError(
-                f"{param} has {len(text)} characters, which cannot fit this model's context of "
-                f"{ready.max_model_len} tokens",
+        most_chars = 2 * tokenizer.longest_token * ready.max_model_len
+        longest = max(map(len, texts), default=0)
+        if longest > most_chars:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {ready.max_model_len} tokens, which "
+                f"{longest} characters cannot fit. Shorten the prompt.",
                 param=param,
-                code="context_length_exceeded",
             )
-        encode = self.tokenizer.encode
-        if len(text) <= INLINE_CHARS:
-            return encode(text, add_special_tokens)
-        return await asyncio.to_thread(encode, text, add_special_tokens)
+
+        def encode_all() -> list[list[int]]:
+            return [tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        if sum(map(len, texts)) <= INLINE_CHARS:
+            return encode_all()
+        return await asyncio.to_thread(encode_all)
 
     def check(self, prompt: list[int], params: SamplingParams, *, param: str) -> SamplingParams:
         """`params` settled for `prompt`. Raises RequestError where either does not suit the model.
@@ -216,6 +232,35 @@ class Service:
         if self.client.unsent:
             self._flush_later()
         return answer
+
+
+async def in_daemon_thread(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)` in a thread that does not keep the process alive.
+
+    A pool's threads would: Ctrl-C could not end the server while it downloads.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(cast(T, result))
+
+    def work() -> None:
+        result, failed = None, None
+        try:
+            result = function(*args)
+        except BaseException as error:
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, result, failed)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await done
 
 
 def served_name(config: Config) -> str:

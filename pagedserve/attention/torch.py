@@ -3,17 +3,18 @@
 Keys and values are gathered token by token into dense memory, never block by block, so that a row
 reads its own tokens only: what lies in unwritten slots (NaN perhaps) never enters a product.
 
-The cache is seen as rows of one token's heads, E = kv_heads · head_dim numbers. In one layer's view
+The cache is seen as rows, one token's keys or values each: [kv_heads, head_dim]. In one layer's view
     key of slot (block, offset)    row  block · block_rows + offset
     value                          the same + value_rows
 
 One-token rows are padded to the longest of their group and attended at once; padding repeats the
-row's newest token behind a mask of -inf. Rows with several tokens are attended one by one, a slice
+row's newest token behind a mask of -inf. A group is small enough to stay in a core's own cache. Rows with several tokens are attended one by one, a slice
 of queries at a time, under one mask that every row and slice shares as a view.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -28,12 +29,12 @@ from pagedserve.spec import Attn
 MAX_MASK_ELEMENTS = 1 << 21  # of a slice of queries × its context
 MIN_SLICE = 32
 GROUP_COST_TOKENS = 256  # one more group costs about as much time as gathering these
-MAX_GROUP_TOKENS = 1 << 14  # bounds the gathered copy
+MAX_GROUP_BYTES = 2 << 20  # of the gathered copy, which should not leave the core's own cache
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one layer's view lies in memory, in rows of E numbers. Equal for all layers."""
+    """How one layer's view lies in memory, counted in rows. Equal for all layers."""
 
     block_rows: int
     value_rows: int
@@ -41,23 +42,22 @@ class Layout:
     @classmethod
     def of(cls, kv: Tensor) -> Layout:
         width = kv.shape[3] * kv.shape[4]
-        blocks, parts, tokens, _, last = kv.stride()
-        assert tokens == width and last == 1, "a block's keys must be contiguous"
+        blocks, parts, *inner = kv.stride()
+        assert inner == [width, kv.shape[4], 1], "a block's keys must be contiguous"
         assert blocks % width == 0 and parts % width == 0
         return cls(blocks // width, parts // width)
 
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """One-token rows that are attended together.
+    """One-token rows that are attended together: `start` … `stop` - 1 in `Work.order`.
 
-    rows: which rows, None if all of them are the batch's first; index: [2 · n · length] cache rows,
-    keys, then values; mask: [n, 1, 1, length] 0 or -inf, None if no row is padded.
+    index: [2 · n · length] cache rows, keys, then values; mask: [n, 1, 1, length] 0 or -inf, None if
+    no row is padded.
     """
 
-    rows: Tensor | None
-    count: int
-    length: int
+    start: int
+    stop: int
     index: Tensor
     mask: Tensor | None
 
@@ -78,8 +78,14 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the layers with the same window share. mask: [slice, context + slice], see `band`."""
+    """What the layers with the same window share.
 
+    order: one-token rows from the longest to the shortest, None if they come so. mask: [slice,
+    context + slice], see `band`.
+    """
+
+    num_decodes: int
+    order: Tensor | None
     decodes: list[Decodes]
     prefills: list[Prefill]
     slice: int
@@ -110,7 +116,7 @@ class TorchAttention:
     name = "torch"
 
     def __init__(self, device: Device):
-        self.scratch: dict[torch.dtype, Tensor] = {}
+        self.scratch: dict[tuple[torch.dtype, int, int], Tensor] = {}  # by dtype, heads, head_dim
 
     def supports(self, attn: Attn, kv_dtype: torch.dtype, block_size: int) -> str | None:
         """See `AttentionBackend`."""
@@ -132,30 +138,36 @@ class TorchAttention:
         if places is None:
             places = plan.places = place_tokens(plan.batch, Layout.of(kv))
         cache = cache_rows(kv, places.layout)
-        tokens, width = q.shape[0], cache.shape[1]
-        cache.index_copy_(0, places.keys, k.reshape(tokens, width).to(kv.dtype))
-        cache.index_copy_(0, places.values, v.reshape(tokens, width).to(kv.dtype))
+        cache.index_copy_(0, places.keys, k if k.dtype == kv.dtype else k.to(kv.dtype))
+        cache.index_copy_(0, places.values, v if v.dtype == kv.dtype else v.to(kv.dtype))
         work = plan.work.get(attn.window)
         if work is None:
-            work = plan.work[attn.window] = lay_out(plan.batch, places, attn.window, q.dtype)
-        if len(work.decodes) == 1 and not work.prefills and work.decodes[0].rows is None:
-            return self.decode(q, cache, work.decodes[0], attn)
+            work = plan.work[attn.window] = lay_out(plan.batch, places, attn.window, cache, q.dtype)
+        if not work.prefills:
+            return self.decode(q, cache, work, attn)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for group in work.decodes:
-            if group.rows is None:
-                out[: group.count] = self.decode(q[: group.count], cache, group, attn)
-            else:
-                out[group.rows] = self.decode(q[group.rows], cache, group, attn)
+        if work.decodes:
+            out[: work.num_decodes] = self.decode(q[: work.num_decodes], cache, work, attn)
         for row in work.prefills:
             self.prefill(q, k, v, cache, row, work, attn, out)
         return out
 
-    def decode(self, q: Tensor, cache: Tensor, group: Decodes, attn: Attn) -> Tensor:
-        """q: [n, H, D] → [n, H, D]. The heads that share keys are the query's length."""
-        k, v = self.gather(cache, group.index, group.count, q.dtype, attn)
-        q = q.reshape(group.count, attn.kv_heads, -1, attn.head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=attn.scale)
-        return out.reshape(group.count, attn.heads, attn.head_dim)
+    def decode(self, q: Tensor, cache: Tensor, work: Work, attn: Attn) -> Tensor:
+        """q: [num_decodes, H, D] → the same. The heads that share keys are the query's length."""
+        if work.order is not None:
+            q = q.index_select(0, work.order)
+        q = q.view(work.num_decodes, attn.kv_heads, -1, attn.head_dim)
+        outs = []
+        for group in work.decodes:
+            count = group.stop - group.start
+            k, v = self.gather(cache, group.index, count, q.dtype, attn)
+            part = q if count == work.num_decodes else q.narrow(0, group.start, count)
+            outs.append(
+                F.scaled_dot_product_attention(part, k, v, attn_mask=group.mask, scale=attn.scale)
+            )
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        out = out.reshape(work.num_decodes, attn.heads, attn.head_dim)
+        return out if work.order is None else torch.empty_like(out).index_copy_(0, work.order, out)
 
     def prefill(
         self,
@@ -198,21 +210,24 @@ class TorchAttention:
         They lie in the scratch until the next call: fresh memory of this size would cost a page
         fault every 4 KiB, several times the copy itself.
         """
-        needed = index.numel() * cache.shape[1]
-        scratch = self.scratch.get(cache.dtype)
-        if scratch is None or scratch.numel() < needed:
-            scratch = self.scratch[cache.dtype] = cache.new_empty(needed + needed // 4)
-        dense = scratch[:needed].view(index.numel(), cache.shape[1])
+        rows = index.shape[0]
+        key = (cache.dtype, *cache.shape[1:])
+        scratch = self.scratch.get(key)
+        if scratch is None or scratch.shape[0] < rows:
+            scratch = self.scratch[key] = cache.new_empty(rows + rows // 4, *cache.shape[1:])
+        dense = scratch.narrow(0, 0, rows)
         torch.index_select(cache, 0, index, out=dense)
-        k, v = dense.view(2, count, -1, attn.kv_heads, attn.head_dim).transpose(2, 3).to(dtype)
+        if dtype != dense.dtype:
+            dense = dense.to(dtype)
+        k, v = dense.view(2, count, -1, attn.kv_heads, attn.head_dim).transpose(2, 3)
         return k, v
 
 
 def cache_rows(kv: Tensor, layout: Layout) -> Tensor:
-    """One layer's view as [rows, E], from its first key to its last value, other layers between."""
+    """One layer's view as [rows, kv_heads, head_dim], with the other layers' rows in between."""
     blocks, _, block_size, heads, head_dim = kv.shape
     rows = (blocks - 1) * layout.block_rows + layout.value_rows + block_size
-    return kv.as_strided((rows, heads * head_dim), (heads * head_dim, 1))
+    return kv.as_strided((rows, heads, head_dim), (heads * head_dim, head_dim, 1))
 
 
 def place_tokens(batch: Batch, layout: Layout) -> Places:
@@ -222,64 +237,63 @@ def place_tokens(batch: Batch, layout: Layout) -> Places:
     return Places(layout, keys, keys + layout.value_rows)
 
 
-def lay_out(batch: Batch, places: Places, window: int | None, dtype: torch.dtype) -> Work:
+def lay_out(
+    batch: Batch, places: Places, window: int | None, cache: Tensor, dtype: torch.dtype
+) -> Work:
     """Groups of one-token rows, the other rows, and their mask."""
-    decodes = [decode_group(batch, places, rows, window, dtype) for rows in groups(batch, window)]
+    max_tokens = MAX_GROUP_BYTES // (2 * cache[0].nbytes)
+    order, decodes = decode_groups(batch, places, window, max_tokens, dtype)
     prefills, first = [], batch.num_decodes
     for row in range(batch.num_decodes, len(batch.counts)):
         prefills.append(prefill_row(batch, places.layout, row, first, window))
         first += batch.counts[row]
     slice_, mask = band(prefills, window, dtype, batch.input_ids.device)
-    return Work(decodes, prefills, slice_, mask)
+    return Work(batch.num_decodes, order, decodes, prefills, slice_, mask)
 
 
-def groups(batch: Batch, window: int | None) -> list[list[int]]:
-    """One-token rows by similar length: padding costs time, and so does every group."""
-    lens = [min(n, window) if window else n for n in batch.lens[: batch.num_decodes]]
-    if not lens:
-        return []
-    if len(lens) * max(lens) - sum(lens) <= GROUP_COST_TOKENS and (
-        len(lens) * max(lens) <= MAX_GROUP_TOKENS
-    ):
-        return [list(range(len(lens)))]
-    made: list[list[int]] = []
-    padding = 0
-    for row in sorted(range(len(lens)), key=lambda row: -lens[row]):
-        if made:
-            longest = lens[made[-1][0]]
-            padding += longest - lens[row]
-            if padding <= GROUP_COST_TOKENS and longest * len(made[-1]) < MAX_GROUP_TOKENS:
-                made[-1].append(row)
-                continue
-        made.append([row])
-        padding = 0
-    return made
+def decode_groups(
+    batch: Batch, places: Places, window: int | None, max_tokens: int, dtype: torch.dtype
+) -> tuple[Tensor | None, list[Decodes]]:
+    """One-token rows by falling length, in groups of at most `max_tokens` or of one row."""
+    count = batch.num_decodes
+    lens = batch.lens[:count]
+    tables, newest = batch.block_tables[:count], places.keys[:count]
+    seq_lens, order = batch.seq_lens[:count], None
+    if any(a < b for a, b in itertools.pairwise(lens)):
+        rows = sorted(range(count), key=lambda row: -lens[row])
+        lens = [lens[row] for row in rows]
+        order = torch.tensor(rows, device=tables.device)
+        tables, newest, seq_lens = tables[order], newest[order], seq_lens[order]
+    seen = [min(n, window) for n in lens] if window else lens
+    decodes = []
+    for start, stop in groups(seen, max_tokens):
+        part, length = slice(start, stop), seen[start]
+        starts = None
+        if window and lens[start] > window:
+            starts = (seq_lens[part, None] - window).clamp_(min=0)
+        index = token_rows(tables[part], starts, length, batch.block_size, places.layout)
+        mask = None
+        if seen[stop - 1] != length:
+            position = torch.arange(length, device=tables.device)
+            valid = (position if starts is None else position + starts) < seq_lens[part, None]
+            index = torch.where(valid, index, newest[part, None])
+            mask = torch.where(valid, 0.0, -math.inf).to(dtype)[:, None, None]
+        both = torch.cat((index, index + places.layout.value_rows)).view(-1)
+        decodes.append(Decodes(start, stop, both, mask))
+    return order, decodes
 
 
-def decode_group(
-    batch: Batch, places: Places, rows: list[int], window: int | None, dtype: torch.dtype
-) -> Decodes:
-    """Index and mask of the rows; see `Decodes`."""
-    layout, device = places.layout, batch.input_ids.device
-    everyone = rows == list(range(len(rows)))
-    chosen = None if everyone else torch.tensor(rows, device=device)
-    pick = slice(len(rows)) if chosen is None else chosen
-    lens = [batch.lens[row] for row in rows]
-    length = max(min(n, window) if window else n for n in lens)
-    if window is None or max(lens) <= window:
-        starts = torch.zeros((len(rows), 1), dtype=torch.int64, device=device)
-    else:
-        starts = (batch.seq_lens[pick, None] - window).clamp_(min=0)
-    index = token_rows(batch.block_tables[pick], starts, length, batch.block_size, layout)
-    mask = None
-    if any((min(n, window) if window else n) != length for n in lens):
-        position = starts + torch.arange(length, device=device)
-        valid = position < batch.seq_lens[pick, None]
-        index = torch.where(valid, index, places.keys[pick, None])
-        mask = torch.zeros((len(rows), 1, 1, length), dtype=dtype, device=device)
-        mask.masked_fill_(~valid[:, None, None], -math.inf)
-    both = torch.stack((index, index + layout.value_rows)).flatten()
-    return Decodes(chosen, len(rows), length, both, mask)
+def groups(lens: list[int], max_tokens: int) -> list[tuple[int, int]]:
+    """Cut falling lengths into runs (start, stop): padding costs time, and so does every run."""
+    runs, start, padding = [], 0, 0
+    for row, length in enumerate(lens):
+        padding += lens[start] - length
+        if padding > GROUP_COST_TOKENS or lens[start] * (row - start + 1) > max(
+            max_tokens, lens[start]
+        ):
+            runs.append((start, row))
+            start, padding = row, 0
+    return [*runs, (start, len(lens))] if lens else []
 
 
 def prefill_row(batch: Batch, layout: Layout, row: int, first: int, window: int | None) -> Prefill:
@@ -289,19 +303,22 @@ def prefill_row(batch: Batch, layout: Layout, row: int, first: int, window: int 
     if length == count:
         return Prefill(first, count, length, None)
     table = batch.block_tables[row : row + 1]
-    starts = torch.full((1, 1), context - length, device=table.device)
+    starts = None if length == context else torch.tensor([[context - length]], device=table.device)
     index = token_rows(table, starts, length, batch.block_size, layout)[0]
     return Prefill(first, count, length, torch.cat((index, index + layout.value_rows)))
 
 
 def token_rows(
-    tables: Tensor, starts: Tensor, length: int, block_size: int, layout: Layout
+    tables: Tensor, starts: Tensor | None, length: int, block_size: int, layout: Layout
 ) -> Tensor:
     """Cache rows of tokens starts[i] … starts[i] + length - 1: [n, length] int64.
 
-    tables: [n, blocks], starts: [n, 1]. Beyond a row's last block the answer means nothing, but is
-    in range of the table.
+    tables: [n, blocks]; starts: [n, 1], None for zeros. Beyond a row's own tokens the answer means
+    nothing, but its block is one of the table's.
     """
+    if starts is None:
+        blocks = tables[:, : -(-length // block_size), None].long() * layout.block_rows
+        return (blocks + torch.arange(block_size, device=tables.device)).flatten(1)[:, :length]
     position = starts + torch.arange(length, device=tables.device)
     entry = (position // block_size).clamp_(max=tables.shape[1] - 1)
     block = tables.long().gather(1, entry)

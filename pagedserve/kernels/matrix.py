@@ -21,13 +21,8 @@ class Matrix(Protocol):
         """residual + x · weightᵀ + bias. residual: [T, out]."""
         ...
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its memory."""
-        ...
-
-    def shares(self, tensor: Tensor) -> bool:
-        """Whether its memory is that of `tensor`."""
+    def tensors(self) -> list[Tensor]:
+        """Everything it holds, to be counted."""
         ...
 
 
@@ -45,9 +40,5 @@ class PlainMatrix:
             return torch.addmm(residual, x, self.weight.t())
         return F.linear(x, self.weight, bias).add_(residual)
 
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
-
-    def shares(self, tensor: Tensor) -> bool:
-        return self.weight.data_ptr() == tensor.data_ptr()
+    def tensors(self) -> list[Tensor]:
+        return [self.weight]

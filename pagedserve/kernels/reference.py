@@ -15,6 +15,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def rms_norm_by_length(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
+    """The same in float32, from x's length: x / hypot(|x|, floor) · weight.
+
+    weight: the norm's own · sqrt(C); floor: scalar, sqrt(C · eps). Half as many ops as `rms_norm`
+    takes on a CPU, which at one token is half the time.
+    """
+    return x.div(torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), floor)).mul_(weight)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) · weight + bias over the last dimension."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)

@@ -37,13 +37,14 @@ class Attention:
         plan: Plan,
     ) -> Tensor:
         """x, residual: [T, C] → residual + attention of x. Writes this step's keys and values."""
-        spec = self.spec
-        tokens, rotated = x.shape[0], spec.heads + spec.kv_heads
-        heads = self.qkv(x).view(tokens, rotated + spec.kv_heads, spec.head_dim)
-        qk, v = heads[:, :rotated], heads[:, rotated:]
+        spec, tokens = self.spec, x.shape[0]
+        h, k = spec.heads, spec.kv_heads
+        heads = self.qkv(x).view(tokens, h + 2 * k, spec.head_dim)
+        qk, v = heads.split_with_sizes((h + k, k), 1)
         if self.head_norm is not None:
             qk = self.head_norm(qk)
         if angles is not None:
             qk = ops.rotary(qk, angles.cos, angles.sin)
-        out = backend.forward(qk[:, : spec.heads], qk[:, spec.heads :], v, kv, plan, spec)
+        q, keys = qk.split_with_sizes((h, k), 1)
+        out = backend.forward(q, keys, v, kv, plan, spec)
         return self.out.add(out.view(tokens, -1), residual)

@@ -2,29 +2,88 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pagedserve.kernels import reference as ops
+from pagedserve.spec import Norm
 
 
-@dataclass(frozen=True, slots=True)
-class Normalize:
-    """Normalise the last dimension. weight: [C]; bias: [C] or None (LayerNorm only)."""
-
-    kind: Literal["rms", "layer"]
-    eps: float
-    weight: Tensor
-    bias: Tensor | None = None
+class Normalize(Protocol):
+    """Normalises the last dimension."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., C] → the same shape."""
-        if self.kind == "rms":
-            return ops.rms_norm(x, self.weight, self.eps)
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Everything it holds, to be counted."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """weight: [C]."""
+
+    eps: float
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.weight]
+
+
+@dataclass(frozen=True, slots=True)
+class Float32RmsNorm:
+    """RmsNorm by `ops.rms_norm_by_length`, with what that needs computed once."""
+
+    weight: Tensor
+    floor: Tensor
+
+    @classmethod
+    def of(cls, eps: float, weight: Tensor) -> Float32RmsNorm:
+        """weight: [C] float32, as a checkpoint holds it."""
+        size = weight.shape[-1]
+        floor = torch.tensor(math.sqrt(size * eps), device=weight.device)
+        return cls(weight * math.sqrt(size), floor)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.rms_norm_by_length(x, self.weight, self.floor)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.weight]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """weight: [C]; bias: [C] or None."""
+
+    eps: float
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+def normalize(norm: Norm, weight: Tensor, bias: Tensor | None) -> Normalize:
+    """What `norm` says, with its weights."""
+    if norm.kind == "layer":
+        return LayerNorm(norm.eps, weight, bias)
+    assert bias is None, "an RMSNorm has no bias"
+    if weight.dtype == torch.float32:
+        return Float32RmsNorm.of(norm.eps, weight)
+    return RmsNorm(norm.eps, weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,16 +17,14 @@ from pagedserve.layers.attention import Attention
 from pagedserve.layers.embedding import Embedding
 from pagedserve.layers.linear import Linear
 from pagedserve.layers.mlp import FeedForward
-from pagedserve.layers.norm import HeadNormalize, Normalize
+from pagedserve.layers.norm import HeadNormalize, Normalize, normalize
 from pagedserve.layers.rotary import Rotary
 from pagedserve.models.decoder import Block, Decoder
 from pagedserve.models.weights import Source
 from pagedserve.spec import Attn, DecoderSpec, Mlp, Norm, Rope
 
 
-def assemble(
-    spec: DecoderSpec, source: Source, *, device: Device, dtype: torch.dtype
-) -> Decoder:
+def assemble(spec: DecoderSpec, source: Source, *, device: Device, dtype: torch.dtype) -> Decoder:
     """Read every weight of `spec` into `dtype` on `device`.
 
     Raises StartupError naming the tensors that are missing, left over or of the wrong shape.
@@ -105,9 +103,10 @@ class Assembly:
         )
 
     def norm(self, role: str, i: int | None = None) -> Normalize:
-        norm, shape = self.spec.norm, (self.spec.hidden_size,)
-        bias = self.tensor(role, shape, i, part="bias") if self.has_bias(role, i) else None
-        return Normalize(norm.kind, norm.eps, self.tensor(role, shape, i), bias)
+        shape = (self.spec.hidden_size,)
+        has_bias = self.spec.norm.kind == "layer" and self.has_bias(role, i)
+        bias = self.tensor(role, shape, i, part="bias") if has_bias else None
+        return normalize(self.spec.norm, self.tensor(role, shape, i), bias)
 
     def linear(self, rows: dict[str, int], columns: int, i: int) -> Linear:
         """The matrices of several roles stacked; `rows`: how many output rows each has."""

@@ -85,7 +85,7 @@ class Decoder:
             return self.head(hidden).float()
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights; a tied head counts where it is a copy."""
+        """Bytes of all weights in the forms they are held in; a tied head shares what it can."""
         linears, tensors = [self.head], [self.embedding.table, self.embedding.position_table]
         norms = [self.final_norm]
         for block in self.blocks:
@@ -94,9 +94,8 @@ class Decoder:
             if block.attention.head_norm is not None:
                 tensors.append(block.attention.head_norm.weight)
         for norm in norms:
-            tensors += [norm.weight, norm.bias]
-        tensors += [linear.bias for linear in linears]
-        matrices = sum(linear.matrix.nbytes for linear in linears)
-        if self.head.matrix.shares(self.embedding.table):
-            matrices -= self.embedding.table.nbytes
-        return matrices + sum(tensor.nbytes for tensor in tensors if tensor is not None)
+            tensors += norm.tensors()
+        for linear in linears:
+            tensors += [*linear.matrix.tensors(), linear.bias]
+        held = {id(tensor): tensor.nbytes for tensor in tensors if tensor is not None}
+        return sum(held.values())

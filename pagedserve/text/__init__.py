@@ -7,5 +7,7 @@ It knows no HTTP, no engine process and no torch.
     chat.py         messages → prompt text, by the model's own template
     detokenizer.py  token after token → pieces of text, never half a character
     stops.py        where an answer ends because of a stop string
+    pieces.py       what a single token writes, as far as a table can say it
     deltas.py       all of it for one sequence: engine tokens in, Deltas out
+    outputs.py      finished answers in the offline LLM's shapes
 """

@@ -26,6 +26,7 @@ NO_TEMPLATE = (
 )
 
 
+MAX_MESSAGES = 10_000  # and as many parts in a message: what is checked is checked at once
 ROLES = ("system", "developer", "user", "assistant")
 NOT_YET = ("tool_calls", "function_call", "audio")  # of an earlier answer: null or empty only
 WITHOUT_EFFECT = ("refusal", "annotations")  # what an SDK sends back of an earlier answer
@@ -86,6 +87,11 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     """
     if not isinstance(messages, (list, tuple)):
         raise RequestError("messages must be a list", param="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(
+            f"there are {len(messages)} messages; at most {MAX_MESSAGES} are allowed",
+            param="messages",
+        )
     if not messages:
         raise RequestError("messages is empty; give at least one message", param="messages")
     return [check_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
@@ -126,6 +132,8 @@ def content_text(content: Any, where: str) -> str:
         return content
     if not isinstance(content, list):
         raise RequestError(f"{where} must be a string or a list of text parts", param=where)
+    if len(content) > MAX_MESSAGES:
+        raise RequestError(f"{where} has more than {MAX_MESSAGES} parts", param=where)
     texts = []
     for at, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -206,7 +214,7 @@ def find_template(directory: str | Path, override: str | None = None) -> str | N
 
 
 def load_text(
-    directory: str | Path, *, tokenizer: str | None = None, chat_template: str | None = None
+    directory: str | Path, tokenizer: str | None = None, chat_template: str | None = None
 ) -> tuple[Tokenizer, ChatTemplate | None]:
     """Tokenizer and chat template of the checkpoint in `directory`.
 

@@ -58,7 +58,8 @@ class Tokenizer:
             and type(backend.model).__name__ != "BPE"
         )
         self.pieces = PieceTable(backend)
-        self._longest_token: int | None = None
+        # In characters; it bounds from below how many tokens a text can be.
+        self.longest_token: int = max(map(len, backend.get_vocab()), default=1)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
@@ -100,13 +101,6 @@ class Tokenizer:
             return written.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
-
-    @property
-    def longest_token(self) -> int:
-        """Characters of the longest token: bounds the tokens of a text from below."""
-        if self._longest_token is None:
-            self._longest_token = max(map(len, self.backend.get_vocab()), default=1)
-        return self._longest_token
 
 
 def clean_up(text: str) -> str:

@@ -83,7 +83,8 @@ def test_logprobs_carry_the_bytes_of_each_token(client: openai.OpenAI) -> None:
 
 
 def test_an_answer_may_fill_the_context_by_default(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="toy", messages=MESSAGES)
+    long: list[ChatCompletionMessageParam] = [{"role": "user", "content": "x " * 900}]
+    answer = client.chat.completions.create(model="toy", messages=long)
     assert answer.usage is not None and answer.usage.total_tokens == 2048
 
 

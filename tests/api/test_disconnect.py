@@ -74,11 +74,11 @@ def test_a_storm_of_leaving_clients_leaves_nothing_behind(server: Server) -> Non
 
 def test_a_reader_that_stalls_gets_everything_in_few_writes(server: Server) -> None:
     """What waits is joined; the engine meanwhile runs to its end."""
-    body = {"prompt": "x" * 40, "max_tokens": 2000, "stream": True}
+    body = {"prompt": "x" * 40, "max_tokens": 1000, "stream": True}
     with post(server, "/v1/completions", body) as sock:
         server.wait_for("num_requests_running", 0)
         sock.settimeout(10)
         received = b""
         while b"[DONE]" not in received:
             received += sock.recv(1 << 20)
-    assert received.count(b'"text":"x') > 1900
+    assert received.count(b'"text":"x') > 900

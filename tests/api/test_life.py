@@ -178,7 +178,7 @@ def test_a_port_in_use_is_named(start: Any) -> None:
 
 
 def test_the_terminal_shows_phases_and_last_a_line_to_try(start: Any) -> None:
-    server = start().until_ready()
+    server = start(max_model_len=200).until_ready()
     deadline = time.monotonic() + 5
     while "curl" not in server.output:
         assert time.monotonic() < deadline

@@ -50,16 +50,11 @@ def test_requests_are_counted_once_by_how_they_ended(server: Server) -> None:
 
     before = counts()
     post = server.http.post
-    post("/v1/completions", json={"prompt": [104, 105], "max_tokens": 3})
-    post("/v1/completions", json={"prompt": [104, 105], "max_tokens": 9, "stop": "h"})
-    post("/v1/completions", json={"prompt": [104, 105], "max_tokens": 9, "seed": 6662})
+    post("/v1/completions", json={"prompt": "hi", "max_tokens": 3})
+    post("/v1/completions", json={"prompt": "hi", "max_tokens": 9, "stop": "i"})  # after <s>hi
+    post("/v1/completions", json={"prompt": "hi", "max_tokens": 9, "seed": 6662})  # after two
     rise = [after - now for after, now in zip(counts(), before, strict=True)]
-    assert rise == [1, 1, 0, 1, 6, 3 + rise_of_stop(rise) + 2]
+    assert rise == [1, 1, 0, 1, 9, 3 + 3 + 2]
 
 
 REASONS = ("stop", "length", "abort", "error")
-
-
-def rise_of_stop(rise: list[float]) -> float:
-    """The tokens of the request that a stop string ended: 1 or 2, by which byte is an h."""
-    return rise[5] - 5

@@ -1,0 +1,159 @@
+"""The channel: frames in any pieces, a peer that does not read, a peer that is gone."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagedserve.engine.channel import (
+    HEADER,
+    Abort,
+    AnyMessage,
+    Channel,
+    ChannelClosed,
+    Configure,
+    Control,
+    Dead,
+    Failed,
+    Finish,
+    Logprobs,
+    Message,
+    Outputs,
+    Progress,
+    Ready,
+    Stats,
+    Submit,
+)
+from pagedserve.request import Request, SamplingParams
+
+EVERY: list[Message] = [
+    Configure({"model": "x", "port": 5, "seed": None, "ratio": 0.5}),
+    Submit([Request(1, [1, 2], SamplingParams(stop=["x"], logit_bias={3: 1.0}), 7)]),
+    Abort([1, 2]),
+    Control("shutdown"),
+    Progress("load", 0.5, "10 %"),
+    Ready(9, 8, 7, 16, 6, [2], "cpu", "float32", 1.5),
+    Outputs(
+        [1, 2],
+        [5, 6],
+        [Finish(1, "stop", 5)],
+        [Logprobs(-1.0, 1, [5], [-1.0]), None],
+        [(2, [Logprobs(-2.0, 3, [], [])])],
+        [(1, 4)],
+    ),
+    Failed(1, "why"),
+    Stats(1, 2, 3, 4, 5, 6, 7, 8),
+    Dead("cause"),
+]
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Channel, Channel]]:
+    ours, theirs = Channel.pair()
+    other = Channel(theirs)
+    yield ours, other
+    ours.close()
+    other.close()
+
+
+def test_every_message_arrives_as_it_was_sent(pair: tuple[Channel, Channel]) -> None:
+    a, b = pair
+    for message in EVERY:
+        a.send(message)
+    assert b.receive(1.0) == EVERY
+    b.send(EVERY[0])
+    assert a.receive(1.0) == [EVERY[0]]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=60))
+def test_frames_arrive_whole_however_the_bytes_come(sizes: list[int]) -> None:
+    encoder = msgspec.msgpack.Encoder()
+    payloads = [encoder.encode(message) for message in EVERY]
+    stream = b"".join(HEADER.pack(len(payload)) + payload for payload in payloads)
+    channel, raw = Channel.pair()
+    received: list[AnyMessage] = []
+    at = 0
+    while at < len(stream):
+        size = sizes[at % len(sizes)]
+        raw.sendall(stream[at : at + size])
+        received += channel.receive(0.0)
+        at += size
+    assert received == EVERY
+    channel.close()
+    raw.close()
+
+
+def test_send_never_blocks_and_keeps_what_the_peer_does_not_take(
+    pair: tuple[Channel, Channel],
+) -> None:
+    a, b = pair
+    big = Failed(1, "x" * 100_000)
+    start = time.monotonic()
+    for id in range(50):
+        a.send(Failed(id, big.message))
+    assert time.monotonic() - start < 1.0
+    assert a.pending
+    received: list[AnyMessage] = []
+    while len(received) < 50:
+        received += b.receive(0.0)
+        a.flush()
+    assert [message.id for message in received if isinstance(message, Failed)] == list(range(50))
+    assert not a.pending
+
+
+def test_waiting_for_messages_sends_what_waits(pair: tuple[Channel, Channel]) -> None:
+    """Two ends that both wait must not wait for each other."""
+    a, b = pair
+    for id in range(50):
+        a.send(Failed(id, "x" * 100_000))
+    got: list[AnyMessage] = []
+
+    def read() -> None:
+        while len(got) < 50:
+            got.extend(b.receive(0.05))
+        b.send(Abort([1]))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    messages: list[AnyMessage] = []
+    while not messages:
+        messages = a.receive(1.0)
+    reader.join()
+    assert messages == [Abort([1])]
+
+
+def test_nothing_to_read_is_no_message(pair: tuple[Channel, Channel]) -> None:
+    assert pair[0].receive(0.0) == []
+    start = time.monotonic()
+    assert pair[0].receive(0.05) == []
+    assert 0.03 < time.monotonic() - start < 1.0
+
+
+def test_a_closed_peer_is_seen_after_its_last_message() -> None:
+    channel, raw = Channel.pair()
+    other = Channel(raw)
+    other.send(Dead("cause"))
+    other.close()
+    assert channel.receive(1.0) == [Dead("cause")]
+    with pytest.raises(ChannelClosed):
+        channel.receive(1.0)
+    with pytest.raises(ChannelClosed):
+        channel.send(Abort([1]))
+    channel.close()
+
+
+def test_a_half_frame_before_the_end_is_dropped() -> None:
+    channel, raw = Channel.pair()
+    raw.sendall(HEADER.pack(100) + b"half")
+    raw.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(ChannelClosed):
+        channel.receive(1.0)
+    channel.close()
+    raw.close()

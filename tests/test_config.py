@@ -1,0 +1,85 @@
+"""Configuration: one field, one flag, one keyword; bad values are named."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import pytest
+
+from pagedserve.config import (
+    DEMO_MODEL,
+    Config,
+    add_flags,
+    api_key_from_environment,
+    each_option,
+)
+from pagedserve.errors import StartupError
+
+
+def parse(*arguments: str) -> Config:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return Config.from_options(vars(parser.parse_args(arguments)))
+
+
+def test_no_flags_give_the_defaults() -> None:
+    assert parse() == Config() == Config.from_options({})
+    assert Config().model.model == DEMO_MODEL
+
+
+def test_every_option_has_a_flag_and_help() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    text = parser.format_help()
+    for _, option in each_option():
+        assert "--" + option.name.replace("_", "-") in text
+        assert option.metadata["help"]
+
+
+def test_flags_arrive_with_their_types() -> None:
+    config = parse(
+        "--max-model-len", "64", "--gpu-memory-utilization", "0.5", "--no-enable-prefix-caching",
+        "--async-scheduling", "--api-key", "k",
+    )  # fmt: skip
+    assert config.model.max_model_len == 64
+    assert config.cache.gpu_memory_utilization == 0.5
+    assert config.cache.enable_prefix_caching is False
+    assert config.scheduler.async_scheduling is True
+    assert config.server.api_key == "k"
+
+
+def test_flat_options_survive_the_way_to_the_engine() -> None:
+    config = parse("--block-size", "32", "--seed", "5")
+    assert Config.from_options(config.to_builtins()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"nothing": 1}, "there is no option 'nothing'"),
+        ({"dtype": "int3"}, "dtype must be one of auto, float32"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+        ({"gpu_memory_utilization": 1.5}, "at most 1"),
+        ({"gpu_memory_utilization": float("nan")}, "at least"),
+        ({"port": 65536}, "at most 65535"),
+        ({"port": -1}, "at least 0"),
+        ({"max_model_len": 0}, "max_model_len must be at least 1"),
+    ],
+)
+def test_a_bad_option_is_named(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(StartupError, match=says):
+        Config.from_options(options)
+
+
+def test_groups_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().model.model = "x"  # type: ignore[misc]
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEDSERVE_API_KEY", "")
+    assert api_key_from_environment() is None
+    monkeypatch.setenv("PAGEDSERVE_API_KEY", "k")
+    assert api_key_from_environment() == "k"
