@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import openai
@@ -68,3 +69,33 @@ def test_the_server_answers_in_the_checkpoint_s_dtype(tmp_path: Path) -> None:
         assert live.interrupt() == 0
     finally:
         live.stop()
+
+
+def test_eight_billion_random_weights_fit_by_plan_and_answer(tmp_path: Path) -> None:
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": 128001,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    with LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True) as llm:
+        ready = llm._client.ready
+        assert ready is not None and ready.dtype == "bfloat16"
+        print(f"{ready.num_blocks} blocks, ready after {ready.seconds:.1f} s")
+        assert ready.num_blocks * ready.block_size > ready.max_model_len
+        asked = [{"prompt_token_ids": list(range(10, 10 + 300 * n))} for n in range(1, 17)]
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        outputs = llm.generate(asked, params)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [8] * 16
