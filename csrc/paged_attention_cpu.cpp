@@ -72,7 +72,7 @@ template <int SIZE> struct PagedAttention {
             const float *from = q + (begin + i) * q_stride;
             for (int64_t j = 0; j < heads * size; j++) scaled[j] = from[j] * scale;
             query(scaled.data(), places.data() + own - low, length, scores.data(), padded,
-                  out + (begin + i) * heads * size);
+                  i == first, out + (begin + i) * heads * size);
         }
     }
 
@@ -81,10 +81,10 @@ template <int SIZE> struct PagedAttention {
     }
 
     void query(const float *q, const int64_t *places, int64_t length, float *scores, int64_t stride,
-               float *to) {
+               bool ask, float *to) {
         int64_t group = heads / kv_heads;
         for (int64_t at = 0; at < length; at += LANES) {
-            fetch(places + std::min(at + AHEAD, length));
+            if (ask) fetch(places + std::min(at + AHEAD, length));
             for (int64_t head = 0; head < heads; head++) {
                 const float *keys = kv + head / group * size;
                 store(scores + head * stride + at, score(q + head * size, keys, places + at));

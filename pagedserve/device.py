@@ -14,8 +14,9 @@ from torch import Tensor, float32
 from torch import dtype as Dtype
 
 from pagedserve.errors import StartupError
-from pagedserve.kernels import cpu_matrix
+from pagedserve.kernels import cpu, cpu_matrix, reference
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
+from pagedserve.kernels.ops import Ops
 
 CGROUP_MEMORY = (  # limit, usage: version 2, then version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -56,6 +57,10 @@ class Device(Protocol):
         """`weight` [out, in] in the form that is multiplied by fastest here; it may be copied."""
         ...
 
+    def ops(self, dtype: Dtype) -> Ops:
+        """The fastest forms of the other ops here, on tensors of `dtype`."""
+        ...
+
     def synchronize(self) -> None:
         """Return when everything launched so far is done."""
         ...
@@ -83,7 +88,17 @@ class Cpu:
         return float32
 
     def matrix(self, weight: Tensor) -> Matrix:
+        kernels = self.kernels(weight.dtype)
+        if kernels is not None:
+            return kernels.matrix(weight)
         return cpu_matrix.pack(weight) if cpu_matrix.fits(weight) else PlainMatrix(weight)
+
+    def ops(self, dtype: Dtype) -> Ops:
+        return self.kernels(dtype) or reference
+
+    def kernels(self, dtype: Dtype) -> cpu.Kernels | None:
+        """Ours in C++, which know float32 only, where they could be compiled."""
+        return cpu.load() if dtype == float32 else None
 
     def synchronize(self) -> None:
         return None
@@ -109,6 +124,9 @@ class Cuda:
 
     def matrix(self, weight: Tensor) -> Matrix:
         return PlainMatrix(weight)
+
+    def ops(self, dtype: Dtype) -> Ops:
+        return reference
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch)

@@ -102,7 +102,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
 
     @property
     def greedy(self) -> bool:
-        """True when the likeliest token is always taken, so that seed and filters have no effect."""
+        """True when the likeliest token is always taken: seed and filters have no effect."""
         return self.temperature < 1e-5
 
     @property

@@ -66,7 +66,7 @@ def tiny_checkpoint(
     tokenizer: bool = False,
     **config_overrides: Any,
 ) -> Path:
-    """Write `tiny_model` into `directory`, with a byte-level tokenizer.json if asked; returns it."""
+    """Write `tiny_model` into `directory`, and a byte-level tokenizer.json if asked; returns it."""
     model = tiny_model(family, seed=seed, **config_overrides)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers and the hub library warn of their own code

@@ -68,6 +68,8 @@ class LiveSequence:
         self._answer.put(self.index, delta)
 
     def failed(self, error: PagedServeError) -> None:
+        if self.ended:  # a dead engine fails all of an answer's sequences; the first ended them all
+            return
         self._end(FinishReason.ERROR)
         self._answer.fail(error)
 
@@ -124,8 +126,7 @@ class Answer:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """End the answer with `error`; what still runs for it is aborted. The first error counts.
-        """
+        """End the answer with `error` and abort what still runs for it. The first error counts."""
         if self._error is None:
             self._error = error
             self._abort_live()

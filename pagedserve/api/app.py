@@ -102,6 +102,5 @@ async def on_client_gone(request: HttpRequest, error: Exception) -> Response:
 
 
 async def on_bug(request: HttpRequest, error: Exception) -> Response:
-    """A bug of ours: the client learns that, the log the rest (the framework prints the traceback).
-    """
+    """A bug of ours: the client learns just that; the framework logs the traceback."""
     return error_response(PagedServeError("the server failed on this request", code="internal"))

@@ -76,8 +76,7 @@ def usage_of(answer: Answer, n: int, *, count_output: bool = True) -> dict[str, 
 def text_token(
     tokenizer: Tokenizer, id: int, entry: PositionLogprobs
 ) -> tuple[float, dict[str, float]]:
-    """A token's log-probability, and the likeliest tokens' by their text, the token's own with it.
-    """
+    """A token's log-probability, and by their text those of the likeliest tokens and its own."""
     own = max(entry.logprob, LOWEST_LOGPROB)
     tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
     by_text = {tokenizer.token_string(top): max(value, LOWEST_LOGPROB) for top, value in tops}

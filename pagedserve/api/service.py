@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import threading
 import time
@@ -30,6 +31,8 @@ from pagedserve.request import Request, SamplingParams, check_prompt, check_voca
 from pagedserve.text.chat import ChatTemplate, load_text
 from pagedserve.text.deltas import TextStream
 from pagedserve.text.tokenizer import Tokenizer
+
+log = logging.getLogger("pagedserve")
 
 T = TypeVar("T")
 
@@ -66,11 +69,13 @@ class Service:
         """Load tokenizer and engine; returns when requests are taken. Failures end in `failure`."""
         asyncio.get_running_loop().add_reader(self.client.fileno(), self._readable)
         self.client.on_progress = self._progress
+        self.client.on_unsent = self._flush_later
         try:
             await self._load()
         except StartupError as error:
             self._fail(error.message)
         except Exception as error:
+            log.exception("the start failed")
             self._fail(f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
@@ -142,8 +147,6 @@ class Service:
         self.metrics.stats = self.client.stats
         if self.client.cause_of_death is not None:
             self._fail(self.client.cause_of_death)
-        elif self.client.unsent:
-            self._flush_later()
 
     def _fail(self, cause: str) -> None:
         asyncio.get_running_loop().remove_reader(self.client.fileno())
@@ -187,8 +190,7 @@ class Service:
         return await asyncio.to_thread(encode_all)
 
     def check(self, prompt: list[int], params: SamplingParams, *, param: str) -> SamplingParams:
-        """`params` settled for `prompt`. Raises RequestError where either does not suit the model.
-        """
+        """`params` settled for `prompt`. Raises RequestError where either is unfit."""
         ready = self.check_available()
         check_vocabulary(params, ready.vocab_size)
         return check_prompt(
@@ -229,8 +231,6 @@ class Service:
         except PagedServeError:
             answer.close()
             raise
-        if self.client.unsent:
-            self._flush_later()
         return answer
 
 

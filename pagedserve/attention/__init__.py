@@ -8,6 +8,7 @@ import torch
 
 from pagedserve.attention.base import AttentionBackend, Plan
 from pagedserve.attention.batch import Batch
+from pagedserve.attention.cpu import CpuAttention
 from pagedserve.attention.torch import TorchAttention
 from pagedserve.device import Device
 from pagedserve.errors import StartupError
@@ -15,7 +16,10 @@ from pagedserve.spec import DecoderSpec
 
 __all__ = ["AttentionBackend", "Batch", "Plan", "choose"]
 
-BACKENDS: tuple[Callable[[Device], AttentionBackend], ...] = (TorchAttention,)  # best first
+BACKENDS: tuple[Callable[[Device], AttentionBackend], ...] = (  # best first
+    CpuAttention,
+    TorchAttention,
+)
 
 
 def choose(

@@ -66,6 +66,8 @@ class EngineClient:
         self.stats: Stats | None = None
         self.cause_of_death: str | None = None
         self.last_token_at = time.monotonic()
+        # Called when the socket did not take everything; then `flush` once it is writable.
+        self.on_unsent: Callable[[], None] = lambda: None
         self.on_progress: Callable[[Progress | Ready], None] = lambda message: None
         self._sinks: dict[int, Sink] = {}
         self._next_id = 0
@@ -84,7 +86,7 @@ class EngineClient:
 
     @property
     def unsent(self) -> bool:
-        """True while messages wait for the socket; call `flush` when it is writable."""
+        """True while messages wait for the socket."""
         return self.cause_of_death is None and self._channel.pending
 
     def flush(self) -> None:
@@ -170,6 +172,9 @@ class EngineClient:
             self._channel.send(message)
         except ChannelClosed:
             self._died(self._exit_cause())
+        else:
+            if self._channel.pending:
+                self.on_unsent()
 
     def _take(self, message: AnyMessage) -> None:
         match message:

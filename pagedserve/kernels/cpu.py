@@ -180,4 +180,4 @@ class PackedMatrix:
 def check(*tensors: Tensor) -> None:
     """What every kernel asks of every float tensor."""
     for t in tensors:
-        assert t.dtype == torch.float32 and t.device.type == "cpu", (t.dtype, t.device)
+        assert t.dtype is torch.float32 and t.is_cpu, (t.dtype, t.device)

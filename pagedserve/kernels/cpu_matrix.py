@@ -39,10 +39,13 @@ class PackedMatrix:
         return cls(torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS))
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        return y
 
     def add(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, bias, "add")
+        fused = torch.ops.mkldnn._linear_pointwise.binary
+        y: Tensor = fused(x, residual, self.packed, bias, "add")
+        return y
 
     def tensors(self) -> list[Tensor]:
         return [self.packed]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pagedserve.attention.base import AttentionBackend, Plan
-from pagedserve.kernels import reference as ops
+from pagedserve.kernels.ops import Ops
 from pagedserve.layers.linear import Linear
 from pagedserve.layers.norm import HeadNormalize
 from pagedserve.layers.rotary import Angles
@@ -24,6 +24,7 @@ class Attention:
     spec: Attn
     qkv: Linear
     out: Linear
+    ops: Ops
     head_norm: HeadNormalize | None = None
 
     def __call__(
@@ -44,7 +45,7 @@ class Attention:
         if self.head_norm is not None:
             qk = self.head_norm(qk)
         if angles is not None:
-            qk = ops.rotary(qk, angles.cos, angles.sin)
+            qk = self.ops.rotary(qk, angles.cos, angles.sin)
         q, keys = qk.split_with_sizes((h, k), 1)
         out = backend.forward(q, keys, v, kv, plan, spec)
         return self.out.add(out.view(tokens, -1), residual)

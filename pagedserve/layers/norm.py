@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagedserve.kernels import reference as ops
+from pagedserve.kernels import reference
+from pagedserve.kernels.ops import Ops
 from pagedserve.spec import Norm
 
 
@@ -32,9 +33,10 @@ class RmsNorm:
 
     eps: float
     weight: Tensor
+    ops: Ops
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
     def tensors(self) -> list[Tensor]:
         return [self.weight]
@@ -42,7 +44,7 @@ class RmsNorm:
 
 @dataclass(frozen=True, slots=True)
 class Float32RmsNorm:
-    """RmsNorm by `ops.rms_norm_by_length`, with what that needs computed once."""
+    """RmsNorm by `reference.rms_norm_by_length`, with what that needs computed once."""
 
     weight: Tensor
     floor: Tensor
@@ -55,7 +57,7 @@ class Float32RmsNorm:
         return cls(weight * math.sqrt(size), floor)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.rms_norm_by_length(x, self.weight, self.floor)
+        return reference.rms_norm_by_length(x, self.weight, self.floor)
 
     def tensors(self) -> list[Tensor]:
         return [self.weight]
@@ -70,20 +72,20 @@ class LayerNorm:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return reference.layer_norm(x, self.weight, self.bias, self.eps)
 
     def tensors(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
-def normalize(norm: Norm, weight: Tensor, bias: Tensor | None) -> Normalize:
+def normalize(norm: Norm, weight: Tensor, bias: Tensor | None, ops: Ops) -> Normalize:
     """What `norm` says, with its weights."""
     if norm.kind == "layer":
         return LayerNorm(norm.eps, weight, bias)
     assert bias is None, "an RMSNorm has no bias"
-    if weight.dtype == torch.float32:
+    if ops is reference and weight.dtype == torch.float32:
         return Float32RmsNorm.of(norm.eps, weight)
-    return RmsNorm(norm.eps, weight)
+    return RmsNorm(norm.eps, weight, ops)
 
 
 @dataclass(frozen=True, slots=True)

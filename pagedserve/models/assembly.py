@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pagedserve.device import Device
+from pagedserve.kernels.ops import Ops
 from pagedserve.layers.attention import Attention
 from pagedserve.layers.embedding import Embedding
 from pagedserve.layers.linear import Linear
@@ -40,6 +41,10 @@ class Assembly:
     source: Source
     device: Device
     dtype: torch.dtype
+
+    @property
+    def ops(self) -> Ops:
+        return self.device.ops(self.dtype)
 
     def decoder(self) -> Decoder:
         spec = self.spec
@@ -88,7 +93,7 @@ class Assembly:
         else:
             qkv = self.linear({"q": q, "k": kv, "v": kv}, hidden, i)
         norm = self.head_norm(attn, attn.qk_norm, i) if attn.qk_norm else None
-        return Attention(attn, qkv, self.linear({"out": hidden}, q, i), norm)
+        return Attention(attn, qkv, self.linear({"out": hidden}, q, i), self.ops, norm)
 
     def head_norm(self, attn: Attn, norm: Norm, i: int) -> HeadNormalize:
         q, k = (self.tensor(role, (attn.head_dim,), i) for role in ("q_norm", "k_norm"))
@@ -99,14 +104,14 @@ class Assembly:
         up = {"gate": ffn.size, "up": ffn.size} if ffn.gated else {"up": ffn.size}
         hidden = self.spec.hidden_size
         return FeedForward.of(
-            ffn, self.linear(up, hidden, i), self.linear({"down": hidden}, ffn.size, i)
+            ffn, self.linear(up, hidden, i), self.linear({"down": hidden}, ffn.size, i), self.ops
         )
 
     def norm(self, role: str, i: int | None = None) -> Normalize:
         shape = (self.spec.hidden_size,)
         has_bias = self.spec.norm.kind == "layer" and self.has_bias(role, i)
         bias = self.tensor(role, shape, i, part="bias") if has_bias else None
-        return normalize(self.spec.norm, self.tensor(role, shape, i), bias)
+        return normalize(self.spec.norm, self.tensor(role, shape, i), bias, self.ops)
 
     def linear(self, rows: dict[str, int], columns: int, i: int) -> Linear:
         """The matrices of several roles stacked; `rows`: how many output rows each has."""

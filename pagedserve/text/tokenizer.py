@@ -85,8 +85,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; equal to transformers' `decode`. Ids outside the vocabulary are dropped.
-        """
+        """Text of `ids`, equal to transformers' `decode`. Ids outside the vocabulary drop out."""
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self.cleans_up else text
 

@@ -1,5 +1,4 @@
-"""A server process over the toy engine, for tests: `python -m tests.api.serving OPTIONS_AS_JSON`.
-"""
+"""A server over the toy engine, for tests: `python -m tests.api.serving OPTIONS_AS_JSON`."""
 
 from __future__ import annotations
 

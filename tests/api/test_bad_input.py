@@ -193,8 +193,7 @@ def test_a_prompt_too_long_says_how_long_it_may_be(http: httpx.Client) -> None:
 
 
 def test_other_media_types_are_refused(http: httpx.Client) -> None:
-    """A foreign web page can post text/plain to this address without being asked; JSON it cannot.
-    """
+    """A foreign web page can post text/plain here without being asked; JSON it cannot."""
     answer = http.post(TEXT, content=b"{}", headers={"Content-Type": "text/plain"})
     assert check_error(answer, 400, None)["code"] == "unsupported_media_type"
 

@@ -33,8 +33,10 @@ class PagedRun:
             rows = [i for i, tokens in enumerate(sequences) if done[i] < len(tokens)]
             rows = choice.sample(rows, choice.randint(1, len(rows)))
             size = {
-                i: min(choice.choice([1, 1, longest_chunk, choice.randint(1, longest_chunk)]),
-                       len(sequences[i]) - done[i])
+                i: min(
+                    choice.choice([1, 1, longest_chunk, choice.randint(1, longest_chunk)]),
+                    len(sequences[i]) - done[i],
+                )
                 for i in rows
             }
             rows.sort(key=lambda i: size[i] > 1)

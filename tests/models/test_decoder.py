@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.checkpoints import tiny_checkpoint, tiny_model
-from tests.models.paged import PagedRun
 
 from pagedserve.device import pick
 from pagedserve.models.loading import load_model
+from tests.checkpoints import tiny_checkpoint, tiny_model
+from tests.models.paged import PagedRun
 
 LENGTHS = (1, 7, 33, 50, 96)
 LLAMA3 = {

@@ -1,0 +1,50 @@
+"""Attention on a CPU by the C++ kernels: keys and values are read where they lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pagedserve.attention.batch import Batch
+from pagedserve.device import Device
+from pagedserve.kernels import cpu
+from pagedserve.spec import Attn
+
+
+class CpuAttention:
+    """Rows of one token and of several alike. Its plan is the batch."""
+
+    name = "cpu"
+
+    def __init__(self, device: Device):
+        self.kernels = None if device.is_gpu else cpu.load()
+
+    def supports(self, attn: Attn, kv_dtype: torch.dtype, block_size: int) -> str | None:
+        """See `AttentionBackend`."""
+        if self.kernels is None:
+            return "it needs the C++ kernels, and a CPU"
+        if kv_dtype != torch.float32:
+            return f"a cache of {kv_dtype} is not supported"
+        if attn.heads % attn.kv_heads:
+            return f"{attn.heads} query heads do not divide among {attn.kv_heads} key/value heads"
+        return None
+
+    def plan(self, batch: Batch) -> Batch:
+        """See `AttentionBackend`."""
+        return batch
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: Batch, attn: Attn
+    ) -> Tensor:
+        """See `AttentionBackend`."""
+        assert self.kernels is not None
+        self.kernels.kv_write(kv, plan.slot_mapping, k, v)
+        return self.kernels.paged_attention(
+            q,
+            kv,
+            plan.block_tables,
+            plan.seq_lens,
+            plan.query_start_loc,
+            scale=attn.scale,
+            window=attn.window,
+        )

@@ -1,0 +1,17 @@
+"""The ops between the matrices that a device may have a better form of than plain torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Ops(Protocol):
+    """What each means is said in `reference`, which is the plain form itself."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+    def silu_and_mul(self, x: Tensor) -> Tensor: ...
