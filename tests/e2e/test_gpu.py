@@ -77,6 +77,7 @@ def test_eight_billion_random_weights_fit_by_plan_and_answer(tmp_path: Path) -> 
         "model_type": "llama",
         "hidden_size": 4096,
         "intermediate_size": 14336,
+        "hidden_act": "silu",
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,

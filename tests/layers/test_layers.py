@@ -14,16 +14,18 @@ from pagedserve.layers.norm import HeadNormalize, normalize
 from pagedserve.spec import Mlp, Norm
 
 CPU = pick("cpu")
+OPS = CPU.ops(torch.float32)
 
 
 def test_norms_are_chosen_by_kind_and_dtype() -> None:
     x, weight, bias = torch.randn(3, 16), torch.randn(16), torch.randn(16)
     rms, layer = Norm(eps=1e-5), Norm("layer", 1e-5)
-    torch.testing.assert_close(normalize(rms, weight, None)(x), ops.rms_norm(x, weight, 1e-5))
+    torch.testing.assert_close(normalize(rms, weight, None, OPS)(x), ops.rms_norm(x, weight, 1e-5))
     torch.testing.assert_close(
-        normalize(layer, weight, bias)(x), ops.layer_norm(x, weight, bias, 1e-5)
+        normalize(layer, weight, bias, OPS)(x), ops.layer_norm(x, weight, bias, 1e-5)
     )
-    half = normalize(rms, weight.bfloat16(), None)(x.bfloat16())
+    half_ops = CPU.ops(torch.bfloat16)
+    half = normalize(rms, weight.bfloat16(), None, half_ops)(x.bfloat16())
     assert torch.equal(half, ops.rms_norm(x.bfloat16(), weight.bfloat16(), 1e-5))
 
 
@@ -40,12 +42,12 @@ def test_feed_forward_gates_and_adds_the_residual() -> None:
     gate, up, down = torch.randn(24, 16), torch.randn(24, 16), torch.randn(16, 24)
     x, residual = torch.randn(3, 16), torch.randn(3, 16)
     gated = FeedForward.of(
-        Mlp(24), Linear.of(torch.cat((gate, up)), None, CPU), Linear.of(down, None, CPU)
+        Mlp(24), Linear.of(torch.cat((gate, up)), None, CPU), Linear.of(down, None, CPU), OPS
     )
     wanted = (F.silu(x @ gate.t()) * (x @ up.t())) @ down.t() + residual
     torch.testing.assert_close(gated(x, residual), wanted, rtol=1e-4, atol=1e-4)
     plain = FeedForward.of(
-        Mlp(24, "gelu_tanh", gated=False), Linear.of(up, None, CPU), Linear.of(down, None, CPU)
+        Mlp(24, "gelu_tanh", gated=False), Linear.of(up, None, CPU), Linear.of(down, None, CPU), OPS
     )
     wanted = F.gelu(x @ up.t(), approximate="tanh") @ down.t() + residual
     torch.testing.assert_close(plain(x, residual), wanted, rtol=1e-4, atol=1e-4)
