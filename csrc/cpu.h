@@ -115,5 +115,5 @@ public:
     }
 };
 
-// `flops`: the work of all tasks together. Waking a thread takes about as long as a million.
+// `flops`: the work of all tasks together. Little work is done by the caller alone.
 void parallel(int64_t tasks, int threads, double flops, const std::function<void(int64_t)> &task);

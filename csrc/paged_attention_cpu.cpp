@@ -10,7 +10,7 @@
 #include <vector>
 
 constexpr int64_t QUERIES = 16;  // of one task
-constexpr int64_t AHEAD = 2 * LANES;  // tokens that are asked for before they are read
+constexpr int64_t AHEAD = 4 * LANES;  // tokens that are asked for before they are read
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -84,8 +84,9 @@ template <int SIZE> struct PagedAttention {
                bool ask, float *to) {
         int64_t group = heads / kv_heads;
         for (int64_t at = 0; at < length; at += LANES) {
-            if (ask) fetch(places + std::min(at + AHEAD, length));
+            const int64_t *next = places + std::min(at + AHEAD, length);
             for (int64_t head = 0; head < heads; head++) {
+                if (ask) fetch(next + head * LANES / heads, next + (head + 1) * LANES / heads);
                 const float *keys = kv + head / group * size;
                 store(scores + head * stride + at, score(q + head * size, keys, places + at));
             }
@@ -101,13 +102,14 @@ template <int SIZE> struct PagedAttention {
         }
     }
 
-    // Ask for LANES tokens' keys and values. The processor's own guesses end with every block, and
-    // without this most of a decode step is spent waiting.
-    INLINE void fetch(const int64_t *places) {
-        for (int i = 0; i < LANES; i++)
+    // Ask for some tokens' keys and values. The processor's own guesses end with every block, and
+    // without this most of a decode step is spent waiting; asked for all at once, they would block
+    // the loads of what is computed meanwhile.
+    INLINE void fetch(const int64_t *from, const int64_t *to) {
+        for (; from < to; from++)
             for (int64_t j = 0; j < kv_heads * size; j += 64 / sizeof(float)) {
-                __builtin_prefetch(kv + places[i] + j);
-                __builtin_prefetch(kv + places[i] + part_stride + j, 0, 2);
+                __builtin_prefetch(kv + *from + j);
+                __builtin_prefetch(kv + *from + part_stride + j, 0, 2);
             }
     }
 

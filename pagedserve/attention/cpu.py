@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,16 @@ from pagedserve.kernels import cpu
 from pagedserve.spec import Attn
 
 
+@dataclass(frozen=True, slots=True)
+class CpuPlan:
+    """Where this step's tokens go, and the rows that they belong to."""
+
+    slot_mapping: Tensor
+    rows: cpu.PagedRows
+
+
 class CpuAttention:
-    """Rows of one token and of several alike. Its plan is the batch."""
+    """Rows of one token and of several alike."""
 
     name = "cpu"
 
@@ -29,22 +39,15 @@ class CpuAttention:
             return f"{attn.heads} query heads do not divide among {attn.kv_heads} key/value heads"
         return None
 
-    def plan(self, batch: Batch) -> Batch:
+    def plan(self, batch: Batch) -> CpuPlan:
         """See `AttentionBackend`."""
-        return batch
+        rows = cpu.PagedRows(batch.block_tables.long(), batch.seq_lens, batch.query_start_loc)
+        return CpuPlan(batch.slot_mapping, rows)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: Batch, attn: Attn
+        self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: CpuPlan, attn: Attn
     ) -> Tensor:
         """See `AttentionBackend`."""
         assert self.kernels is not None
         self.kernels.kv_write(kv, plan.slot_mapping, k, v)
-        return self.kernels.paged_attention(
-            q,
-            kv,
-            plan.block_tables,
-            plan.seq_lens,
-            plan.query_start_loc,
-            scale=attn.scale,
-            window=attn.window,
-        )
+        return self.kernels.paged_attention(q, kv, plan.rows, scale=attn.scale, window=attn.window)

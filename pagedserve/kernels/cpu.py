@@ -39,6 +39,21 @@ def load() -> Kernels | None:
     return Kernels(library)
 
 
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """The rows of a step, checked once for all layers. All int64, as in `Batch`."""
+
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+
+    def __post_init__(self) -> None:
+        for t in (self.block_tables, self.seq_lens, self.query_start_loc):
+            assert t.dtype is torch.int64 and t.stride(-1) == 1 and t.is_cpu, (t.dtype, t.device)
+        count = self.block_tables.shape[0]
+        assert self.seq_lens.shape == (count,) and self.query_start_loc.shape == (count + 1,)
+
+
 class Kernels:
     """The ops of `layers` and `attention`. Every tensor is float32 unless said otherwise."""
 
@@ -97,31 +112,27 @@ class Kernels:
         self,
         q: Tensor,
         kv: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_start_loc: Tensor,
+        rows: PagedRows,
         *,
         scale: float,
         window: int | None = None,
     ) -> Tensor:
-        """`reference.paged_attention`, with `seq_lens` and `query_start_loc` as in `Batch`, int64.
+        """`reference.paged_attention`.
 
         q: any stride between tokens; a block's keys are contiguous, and its values.
         """
-        tokens, heads, size = q.shape
-        kv_heads, rows = kv.shape[3], len(seq_lens)
+        _, heads, size = q.shape
+        _, _, block_size, kv_heads, _ = kv.shape
         check(q, kv)
         assert q.stride()[1:] == kv.stride()[3:] == (size, 1) and heads % kv_heads == 0
         assert kv.shape[4] == size and kv.stride(2) == kv_heads * size
-        for t in (block_tables, seq_lens, query_start_loc):
-            assert t.dtype == torch.int64 and t.stride(-1) == 1 and t.device == q.device
-        assert block_tables.shape[0] == rows == query_start_loc.shape[0] - 1
         out = q.new_empty(q.shape)
         self.library.paged_attention(
             q.data_ptr(), q.stride(0), kv.data_ptr(), kv.stride(0), kv.stride(1),
-            block_tables.data_ptr(), block_tables.stride(0),
-            seq_lens.data_ptr(), query_start_loc.data_ptr(), out.data_ptr(),
-            rows, heads, kv_heads, size, kv.shape[2], window or 0, scale, torch.get_num_threads(),
+            rows.block_tables.data_ptr(), rows.block_tables.stride(0),
+            rows.seq_lens.data_ptr(), rows.query_start_loc.data_ptr(), out.data_ptr(),
+            rows.seq_lens.shape[0], heads, kv_heads, size, block_size, window or 0, scale,
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 

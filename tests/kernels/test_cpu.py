@@ -136,11 +136,16 @@ class Cache:
             reference.kv_write(wanted, slots, k, v)
         assert torch.equal(self.kv.nan_to_num(7.0), wanted.nan_to_num(7.0))
 
+    def paged(self, lens: list[int], counts: list[int]) -> cpu.PagedRows:
+        starts = torch.tensor([0, *counts]).cumsum(0)
+        return cpu.PagedRows(self.tables, torch.tensor(lens), starts)
+
 
 @pytest.mark.parametrize("block_size", [1, 5, 16])
 @pytest.mark.parametrize("window", [None, 1, 9, 40])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size"), [(8, 2, 32), (4, 4, 16), (7, 1, 24), (6, 2, 80), (3, 3, 1)]
+    ("heads", "kv_heads", "size"),
+    [(8, 2, 32), (4, 4, 16), (7, 1, 24), (6, 2, 64), (6, 2, 80), (3, 3, 1), (2, 1, 128)],
 )
 def test_attention(
     kernels: cpu.Kernels, heads: int, kv_heads: int, size: int, window: int | None, block_size: int
@@ -152,9 +157,8 @@ def test_attention(
         cache.rows(lens)
         q = torch.randn(sum(counts), heads + kv_heads, size)[:, :heads]
         got = kernels.paged_attention(
-            q, cache.kv, cache.tables, torch.tensor(lens),
-            torch.tensor([0, *counts]).cumsum(0), scale=0.3, window=window,
-        )  # fmt: skip
+            q, cache.kv, cache.paged(lens, counts), scale=0.3, window=window
+        )
         wanted = reference.paged_attention(
             q, cache.kv, cache.tables, lens, counts, scale=0.3, window=window
         )
@@ -165,9 +169,7 @@ def test_attention_on_several_threads(kernels: cpu.Kernels, two_threads: None) -
     cache, counts, lens = Cache(kernels, 16, 2, 32), [1, 200, 300], [900, 200, 700]
     cache.rows(lens)
     q = torch.randn(sum(counts), 8, 32)
-    got = kernels.paged_attention(
-        q, cache.kv, cache.tables, torch.tensor(lens), torch.tensor([0, *counts]).cumsum(0), scale=1
-    )
+    got = kernels.paged_attention(q, cache.kv, cache.paged(lens, counts), scale=1)
     wanted = reference.paged_attention(q, cache.kv, cache.tables, lens, counts, scale=1)
     assert_close(got, wanted)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pagedserve.device import pick
+from pagedserve.kernels import cpu
 from pagedserve.models.loading import load_model
 from tests.checkpoints import tiny_checkpoint, tiny_model
 from tests.models.paged import PagedRun
@@ -63,6 +64,16 @@ def truth(model: Any, tokens: list[int]) -> torch.Tensor:
     return logits
 
 
+@pytest.fixture(params=("our kernels", "torch"))
+def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way that the CPU has: the C++ kernels, where they can be compiled, and without them."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "load", lambda: None)
+    elif cpu.load() is None:
+        pytest.skip("no C++ kernels here")
+
+
+@pytest.mark.usefixtures("ops")
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
