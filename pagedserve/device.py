@@ -45,6 +45,10 @@ class Device(Protocol):
     torch: torch.device
     is_gpu: bool
 
+    def prepare(self) -> None:
+        """Set this process up for serving; the worker calls it once, before anything is loaded."""
+        ...
+
     def memory(self) -> Memory:
         """Free and total bytes now."""
         ...
@@ -72,6 +76,14 @@ class Cpu:
     name = "cpu"
     torch = torch.device("cpu")
     is_gpu = False
+
+    def prepare(self) -> None:
+        # OpenMP's threads spin while they wait for each other, and stall for milliseconds when
+        # another process wants their core. Ours sleep, so torch's own small ops stay on one thread.
+        if cpu.load() is not None:
+            torch.set_num_threads(1)
+        else:
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
     def memory(self) -> Memory:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -112,6 +124,9 @@ class Cuda:
     def __init__(self) -> None:
         self.torch = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.torch)
+
+    def prepare(self) -> None:
+        return None
 
     def memory(self) -> Memory:
         free, total = torch.cuda.mem_get_info(self.torch)

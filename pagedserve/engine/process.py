@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 
@@ -26,6 +27,7 @@ from pagedserve.engine.channel import (
 from pagedserve.engine.loop import Engine
 from pagedserve.engine.scheduler import Scheduler
 from pagedserve.errors import PagedServeError, shorten
+from pagedserve.kernels import extension
 
 STARTED = time.monotonic()
 
@@ -50,6 +52,8 @@ def main(fd: int) -> int:
 def serve(channel: Channel) -> None:
     """Start up, report ready, run until told to stop."""
     report(channel, "import torch")
+    # A first start compiles the CPU's kernels: on another core, while torch is imported here.
+    threading.Thread(target=extension.load, daemon=True).start()
     # Imported while the API process still resolves the model: the two take about as long.
     from pagedserve.executor import local
 

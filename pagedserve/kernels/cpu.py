@@ -55,10 +55,14 @@ class PagedRows:
 
 
 class Kernels:
-    """The ops of `layers` and `attention`. Every tensor is float32 unless said otherwise."""
+    """The ops of `layers` and `attention`. Every tensor is float32 unless said otherwise.
+
+    `threads`: how many an op may use. They are its own and sleep when idle.
+    """
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
+        self.threads = torch.get_num_threads()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`reference.rms_norm`."""
@@ -132,7 +136,7 @@ class Kernels:
             rows.block_tables.data_ptr(), rows.block_tables.stride(0),
             rows.seq_lens.data_ptr(), rows.query_start_loc.data_ptr(), out.data_ptr(),
             rows.seq_lens.shape[0], heads, kv_heads, size, block_size, window or 0, scale,
-            torch.get_num_threads(),
+            self.threads,
         )  # fmt: skip
         return out
 
@@ -145,7 +149,7 @@ class Kernels:
         length = self.library.linear_packed_bytes(size, columns, half)
         packed = torch.empty(length, dtype=torch.uint8)
         self.library.linear_pack(weight.data_ptr(), size, columns, half, packed.data_ptr())
-        return PackedMatrix(packed, half, size, columns, self.library.linear)
+        return PackedMatrix(packed, half, size, columns, self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +160,7 @@ class PackedMatrix:
     half: bool
     size: int
     columns: int
-    linear: ctypes._NamedFuncPointer
+    kernels: Kernels
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x: [T, in], any stride between rows → x · weightᵀ + bias: [T, out]."""
@@ -175,12 +179,12 @@ class PackedMatrix:
             check(bias)
             assert bias.shape == (self.size,) and bias.is_contiguous()
         y = x.new_empty((x.shape[0], self.size))
-        self.linear(
+        self.kernels.library.linear(
             x.data_ptr(), x.stride(0), self.packed.data_ptr(), self.half,
             None if bias is None else bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
             0 if residual is None else residual.stride(0),
-            y.data_ptr(), x.shape[0], self.size, self.columns, torch.get_num_threads(),
+            y.data_ptr(), x.shape[0], self.size, self.columns, self.kernels.threads,
         )  # fmt: skip
         return y
 

@@ -19,6 +19,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pagedserve import config
@@ -29,17 +31,27 @@ PACKAGE = Path(__file__).parents[1]
 SOURCES = (PACKAGE / "csrc", PACKAGE.parent / "csrc")  # in a wheel, in a checkout
 COMPILERS = ("c++", "g++", "clang++")
 OPTIMISE = ("-std=gnu++17", "-O3", "-march=native", "-ffp-contract=fast")
-FLAGS = (*OPTIMISE, "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+FLAGS = (*OPTIMISE, "-fPIC", "-pthread", "-Wno-psabi")
 COMPILE_SECONDS = 300
+LOADING = threading.Lock()
 
 
 class Unavailable(Exception):
     """Why there is no library."""
 
 
-@functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library, compiled if need be; None where there is none to be had, or none is wanted."""
+    """The library, compiled if need be; None where there is none to be had, or none is wanted.
+
+    Threads that ask at the same time wait for one and the same.
+    """
+    with LOADING:
+        return load_once()
+
+
+@functools.cache
+def load_once() -> ctypes.CDLL | None:
+    """See `load`."""
     if not config.cpu_kernels_wanted():
         return None
     try:
@@ -58,13 +70,17 @@ def library(directory: Path) -> Path:
         return path
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     log.info("compiling C++ kernels with %s into %s", compiler, path)
-    handle, unfinished = tempfile.mkstemp(suffix=".so.part", dir=directory)
-    os.close(handle)
-    try:
-        run([compiler, *FLAGS, *map(str, sources), "-o", unfinished])
+    with tempfile.TemporaryDirectory(dir=directory) as workshop:
+        objects = [f"{workshop}/{source.stem}.o" for source in sources]
+        commands = [
+            [compiler, *FLAGS, "-c", str(source), "-o", made]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(commands)) as pool:
+            list(pool.map(run, commands))
+        unfinished = f"{workshop}/{path.name}"
+        run([compiler, *FLAGS, "-shared", *objects, "-o", unfinished])
         os.replace(unfinished, path)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
     return path
 
 

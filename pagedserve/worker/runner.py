@@ -78,6 +78,7 @@ class Runner:
     def start(cls, config: Config, on_progress: Callable[[str, str], None]) -> Runner:
         """Load the model, settle limits against memory, allocate. Raises StartupError."""
         device = pick(config.model.device)
+        device.prepare()
         on_progress("load weights", f"{device.name}, {config.model.load_format}")
         model = load_model(
             Path(config.model.model),

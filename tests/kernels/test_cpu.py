@@ -31,11 +31,10 @@ def kernels() -> cpu.Kernels:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def two_threads(kernels: cpu.Kernels) -> Iterator[None]:
+    before, kernels.threads = kernels.threads, 2
     yield
-    torch.set_num_threads(before)
+    kernels.threads = before
 
 
 def assert_close(got: Tensor, wanted: Tensor) -> None:
@@ -80,9 +79,9 @@ def test_several_threads_compute_what_one_does(kernels: cpu.Kernels, two_threads
     matrix, x = kernels.matrix(torch.randn(700, 300)), torch.randn(200, 300)
     for _ in range(20):
         several = matrix.apply(x, None)
-        torch.set_num_threads(1)
+        kernels.threads = 1
         assert torch.equal(several, matrix.apply(x, None))
-        torch.set_num_threads(2)
+        kernels.threads = 2
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 63, 64, 100, 257])
@@ -208,7 +207,7 @@ def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fresh_load() -> ctypes.CDLL | None:
     """`extension.load` without what it remembers."""
-    return extension.load.__wrapped__()
+    return extension.load_once.__wrapped__()
 
 
 def test_a_library_is_compiled_once(small_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
