@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 
 from pagedserve.engine.block_pool import ROOT, chain_hash
-from pagedserve.request import FinishReason, Request
+from pagedserve.request import Request
 from pagedserve.step import BlockId, Slot
 
 
@@ -33,6 +33,7 @@ class Sequence:
     __slots__ = (
         "blocks",
         "hashes",
+        "id",
         "launched",
         "max_length",
         "num_computed",
@@ -42,6 +43,7 @@ class Sequence:
         "order",
         "request",
         "reuse",
+        "room",
         "slot",
         "started",
         "status",
@@ -53,6 +55,7 @@ class Sequence:
         params = request.params
         assert params.max_tokens is not None, "the API settles max_tokens before it submits"
         self.request = request
+        self.id = request.id
         self.order = (request.priority, request.arrival, request.id)
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
@@ -66,6 +69,7 @@ class Sequence:
         self.num_inflight = 0
         self.launched = 0  # launched steps, not committed yet, that touch this sequence
         self.blocks: list[BlockId] = []
+        self.room = 0  # tokens that `blocks` hold
         self.hashes: list[
             bytes
         ] = []  # chain hashes of the full blocks of `tokens`, as far as needed
@@ -73,11 +77,6 @@ class Sequence:
         self.slot: Slot | None = None
         self.status = Status.WAITING
         self.started = False
-
-    @property
-    def id(self) -> int:
-        """The request's id."""
-        return self.request.id
 
     @property
     def length(self) -> int:
@@ -93,9 +92,3 @@ class Sequence:
             previous = self.hashes[-1] if self.hashes else ROOT
             start = index * block_size
             self.hashes.append(chain_hash(previous, self.tokens[start : start + block_size]))
-
-    def finish_reason(self) -> FinishReason | None:
-        """Why the sequence ends with its last token, or None."""
-        if self.tokens[-1] in self.stop_ids:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) >= self.max_length else None
