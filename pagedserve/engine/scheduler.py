@@ -40,7 +40,7 @@ class Committed:
     failed: list[tuple[int, str]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.ids or self.prompt_logprobs or self.failed)
+        return bool(self.ids or self.prompt_logprobs or self.failed or self.started)
 
 
 class Scheduler:
@@ -60,7 +60,8 @@ class Scheduler:
         self.token_budget = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
         self.running: list[Sequence] = []  # most important first
-        self._waiting: list[Sequence] = []  # a heap; aborted ones stay until they surface
+        self._waiting: list[Sequence] = []  # a heap; some of it may be aborted, see `_forget`
+        self._num_forgotten = 0
         self._by_id: dict[int, Sequence] = {}
         self._free_slots = [Slot(slot) for slot in reversed(range(max_num_seqs))]
         self._launched: deque[list[Sequence]] = deque()  # rows of each launched step
@@ -200,6 +201,7 @@ class Scheduler:
     def _next_waiting(self) -> Sequence | None:
         while self._waiting and self._waiting[0].status is not Status.WAITING:
             heapq.heappop(self._waiting)
+            self._num_forgotten -= 1
         if not self._waiting or self._waiting[0].launched:
             return None  # a preempted one whose last step is still out: it keeps its turn
         return self._waiting[0]
@@ -274,7 +276,7 @@ class Scheduler:
                 # again when it comes back: draws are keyed by seed and position.
                 self._give_back(sequence)
                 continue
-            if rare and not self._commit_rare(sequence, output, token, entry, committed):
+            if rare and not self._commit_rare(sequence, output, start, token, entry, committed):
                 continue
             if start + count >= (sequence.num_published + 1) * block_size:
                 self._publish(sequence, start + count)
@@ -291,6 +293,7 @@ class Scheduler:
         self,
         sequence: Sequence,
         output: StepOutput,
+        start: int,
         token: int | None,
         entry: TokenLogprobs | None,
         committed: Committed,
@@ -301,8 +304,12 @@ class Scheduler:
             self._end(sequence, Status.FINISHED)
             return False
         if sequence.slot in output.prompt_logprobs:
-            entries = output.prompt_logprobs[sequence.slot]
-            committed.prompt_logprobs.append((sequence.id, entries))
+            # What a preempted sequence computes again was sent before.
+            again = max(0, sequence.num_scored - start)
+            entries = output.prompt_logprobs[sequence.slot][again:]
+            sequence.num_scored += len(entries)
+            if entries:
+                committed.prompt_logprobs.append((sequence.id, entries))
         if output.logprobs and token is not None:
             committed.logprobs.append(entry)
         return True
@@ -335,8 +342,20 @@ class Scheduler:
     def _end(self, sequence: Sequence, status: Status) -> None:
         if sequence.status is Status.RUNNING:
             self._leave(sequence)
-        sequence.status = status
+            sequence.status = status
+        else:
+            sequence.status = status
+            self._forget()
         del self._by_id[sequence.id]
+
+    def _forget(self) -> None:
+        """One of the waiting ended. It stays in the heap until it surfaces or too many have ended:
+        taking it out at once would make a storm of aborts quadratic."""
+        self._num_forgotten += 1
+        if 2 * self._num_forgotten > len(self._waiting):
+            self._waiting = [s for s in self._waiting if s.status is Status.WAITING]
+            heapq.heapify(self._waiting)
+            self._num_forgotten = 0
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

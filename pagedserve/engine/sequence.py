@@ -40,6 +40,7 @@ class Sequence:
         "num_inflight",
         "num_prompt",
         "num_published",
+        "num_scored",
         "order",
         "request",
         "reuse",
@@ -70,10 +71,11 @@ class Sequence:
         self.launched = 0  # launched steps, not committed yet, that touch this sequence
         self.blocks: list[BlockId] = []
         self.room = 0  # tokens that `blocks` hold
-        self.hashes: list[
-            bytes
-        ] = []  # chain hashes of the full blocks of `tokens`, as far as needed
+        self.hashes: list[bytes] = []  # chain hashes of the first full blocks of `tokens`
         self.num_published = 0
+        self.num_scored = (
+            0  # prompt tokens whose log-probabilities were sent; a replay repeats them
+        )
         self.slot: Slot | None = None
         self.status = Status.WAITING
         self.started = False

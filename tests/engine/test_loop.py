@@ -18,6 +18,8 @@ def check_tokens(load: Load, script: Script) -> None:
             assert got == expected[: len(got)]
         else:
             assert got == expected
+            scores = request.prompt_token_ids[1:] if request.params.prompt_logprobs == 0 else []
+            assert script.scores.get(request.id, []) == scores
             ended = "length" if len(got) == request.params.max_tokens else "stop"
             if got[-1] in {7, *request.params.stop_token_ids} and not (
                 request.params.ignore_eos and got[-1] == 7

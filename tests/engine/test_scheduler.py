@@ -78,6 +78,32 @@ def test_an_equal_prompt_is_taken_from_the_cache_but_for_its_last_token() -> Non
     assert s.num_prefix_hits == 4
 
 
+def test_the_cached_tokens_are_reported_also_when_the_first_chunk_samples_nothing() -> None:
+    s = scheduler(budget=8)
+    s.add(request(1, length=8, max_tokens=1))
+    advance(s)
+    s.add(Request(2, [*request(1, length=8).prompt_token_ids, *range(20, 40)], SamplingParams(), 0))
+    step = s.schedule()
+    assert step is not None and step.samples == [False]
+    committed = s.commit(step, StepOutput([]))
+    assert committed and committed.started == [(2, 8)]
+
+
+def test_aborted_requests_do_not_pile_up_behind_one_that_waits() -> None:
+    s = scheduler(slots=1)
+    s.add(request(1, max_tokens=50))
+    s.add(request(2, priority=-1))
+    advance(s)
+    for id in range(3, 1000):
+        s.add(request(id, first=id))
+        s.abort(id)
+    assert len(s._waiting) <= 4
+    finished = []
+    while not s.idle:
+        finished += advance(s)[1]
+    assert sorted(finished) == [1, 2]
+
+
 def test_prompt_logprobs_skip_the_cache() -> None:
     s = scheduler()
     s.add(request(1, length=8, max_tokens=1))

@@ -17,7 +17,7 @@ from pagedserve.engine.channel import Abort, Control, Failed, Outputs, Stats, Su
 from pagedserve.engine.loop import Engine
 from pagedserve.engine.scheduler import Scheduler
 from pagedserve.request import Request, SamplingParams
-from pagedserve.step import Step, StepOutput
+from pagedserve.step import Slot, Step, StepOutput, TokenLogprobs
 
 VOCAB = 97
 EOS = 7
@@ -48,6 +48,7 @@ class ToyGpu:
         self.block_size = block_size
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
         self.seeds = [0] * num_slots
+        self.scored: dict[int, int] = {}  # slot → prompt length, where log-probabilities are wanted
         self.tables: list[dict[int, int]] = [{} for _ in range(num_slots)]
         self.cache: dict[tuple[int, int], tuple[int, int]] = {}
         self.max_tokens_in_a_step = 0
@@ -58,6 +59,9 @@ class ToyGpu:
             self.tokens[join.slot] = list(join.token_ids)
             self.seeds[join.slot] = join.seed
             self.tables[join.slot] = {}
+            self.scored.pop(join.slot, None)
+            if join.params.prompt_logprobs is not None:
+                self.scored[join.slot] = join.num_prompt
         grown = zip(step.grown_slots, step.grown_index, step.grown_blocks, strict=True)
         for slot, index, block in grown:
             self.tables[slot][index] = block
@@ -71,7 +75,17 @@ class ToyGpu:
         ]
         self.max_tokens_in_a_step = max(self.max_tokens_in_a_step, step.num_tokens)
         self.num_mixed_steps += len(set(step.counts)) > 1
-        return StepOutput(sampled)
+        prompt_logprobs = {
+            Slot(slot): self.score(slot, start, count)
+            for slot, start, count, _ in rows
+            if slot in self.scored
+        }
+        return StepOutput(sampled, prompt_logprobs=prompt_logprobs)
+
+    def score(self, slot: int, start: int, count: int) -> list[TokenLogprobs]:
+        """The "log-probability" of a prompt token is the token itself."""
+        end = min(start + count, self.scored[slot] - 1)
+        return [TokenLogprobs(self.tokens[slot][at + 1], 1, [], []) for at in range(start, end)]
 
     def where(self, slot: int, position: int) -> tuple[int, int]:
         return self.tables[slot][position // self.block_size], position % self.block_size
@@ -100,6 +114,7 @@ class Script:
     written: dict[int, list[int]] = field(default_factory=dict)
     finished: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, list[float]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
     stats: Stats | None = None
 
@@ -128,6 +143,8 @@ class Script:
                 for id, token in zip(message.ids, message.token_ids, strict=True):
                     assert id not in self.finished, "a token after the finish"
                     self.written.setdefault(id, []).append(token)
+                for id, entries in message.prompt_logprobs:
+                    self.scores.setdefault(id, []).extend(entry.logprob for entry in entries)
                 for finish in message.finished:
                     self.finished[finish.id] = finish.reason
             case Failed():
@@ -159,6 +176,7 @@ class Load:
                     max_tokens=r.randint(1, 24),
                     stop_token_ids=[r.randrange(VOCAB)] if r.random() < 0.3 else [],
                     ignore_eos=r.random() < 0.2,
+                    prompt_logprobs=0 if r.random() < 0.2 else None,
                 ),
                 seed=r.randrange(3),
                 priority=r.choice([0, 0, 0, -1, 5]),
