@@ -73,9 +73,7 @@ class Sequence:
         self.room = 0  # tokens that `blocks` hold
         self.hashes: list[bytes] = []  # chain hashes of the first full blocks of `tokens`
         self.num_published = 0
-        self.num_scored = (
-            0  # prompt tokens whose log-probabilities were sent; a replay repeats them
-        )
+        self.num_scored = 0  # prompt log-probabilities sent; a replay computes them again
         self.slot: Slot | None = None
         self.status = Status.WAITING
         self.started = False
