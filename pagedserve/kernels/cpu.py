@@ -60,8 +60,8 @@ class Kernels:
     `threads`: how many an op may use. They are its own and sleep when idle.
     """
 
-    def __init__(self, library: ctypes.CDLL):
-        self.library = library
+    def __init__(self, native: ctypes.CDLL):
+        self.native = native
         self.threads = torch.get_num_threads()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -70,7 +70,7 @@ class Kernels:
         check(x, weight)
         assert x.is_contiguous() and weight.is_contiguous() and weight.shape == (size,)
         y = torch.empty_like(x)
-        self.library.rms_norm(
+        self.native.rms_norm(
             x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), x.numel() // size, size
         )
         return y
@@ -81,7 +81,7 @@ class Kernels:
         count, size = x.shape[0], x.shape[1] // 2
         assert x.is_contiguous() and x.shape[1] % 2 == 0
         y = x.new_empty((count, size))
-        self.library.silu_and_mul(x.data_ptr(), y.data_ptr(), count, size)
+        self.native.silu_and_mul(x.data_ptr(), y.data_ptr(), count, size)
         return y
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Kernels:
         assert x.stride()[1:] == (size, 1) and cos.is_contiguous() and sin.is_contiguous()
         assert cos.shape == sin.shape == (count, 1, rotated) and rotated <= size
         y = x.new_empty(x.shape)
-        self.library.rotary(
+        self.native.rotary(
             x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), y.data_ptr(),
             count, heads, size, rotated,
         )  # fmt: skip
@@ -106,7 +106,7 @@ class Kernels:
         assert k.stride()[1:] == v.stride()[1:] == kv.stride()[3:] == (size, 1)
         assert kv.shape[3:] == (heads, size) and kv.stride(2) == heads * size
         assert slot_mapping.dtype == torch.int64 and slot_mapping.is_contiguous()
-        self.library.kv_write(
+        self.native.kv_write(
             k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
             kv.data_ptr(), kv.stride(0), kv.stride(1),
             slot_mapping.data_ptr(), tokens, heads * size, kv.shape[2],
@@ -131,7 +131,7 @@ class Kernels:
         assert q.stride()[1:] == kv.stride()[3:] == (size, 1) and heads % kv_heads == 0
         assert kv.shape[4] == size and kv.stride(2) == kv_heads * size
         out = q.new_empty(q.shape)
-        self.library.paged_attention(
+        self.native.paged_attention(
             q.data_ptr(), q.stride(0), kv.data_ptr(), kv.stride(0), kv.stride(1),
             rows.block_tables.data_ptr(), rows.block_tables.stride(0),
             rows.seq_lens.data_ptr(), rows.query_start_loc.data_ptr(), out.data_ptr(),
@@ -146,9 +146,9 @@ class Kernels:
         weight = weight.contiguous()
         size, columns = weight.shape
         half = bool((weight.view(torch.int32) & 0xFFFF == 0).all())
-        length = self.library.linear_packed_bytes(size, columns, half)
+        length = self.native.linear_packed_bytes(size, columns, half)
         packed = torch.empty(length, dtype=torch.uint8)
-        self.library.linear_pack(weight.data_ptr(), size, columns, half, packed.data_ptr())
+        self.native.linear_pack(weight.data_ptr(), size, columns, half, packed.data_ptr())
         return PackedMatrix(packed, half, size, columns, self)
 
 
@@ -179,7 +179,7 @@ class PackedMatrix:
             check(bias)
             assert bias.shape == (self.size,) and bias.is_contiguous()
         y = x.new_empty((x.shape[0], self.size))
-        self.kernels.library.linear(
+        self.kernels.native.linear(
             x.data_ptr(), x.stride(0), self.packed.data_ptr(), self.half,
             None if bias is None else bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
