@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
+        drop_output()
         return 1
 
 
@@ -202,16 +204,30 @@ def fitting(llm: LLM, prompt: list[int], params: SamplingParams) -> SamplingPara
 
 def print_version(options: dict[str, Any]) -> int:
     """`pagedserve version`."""
-    print(f"pagedserve {__version__}")
+    say(f"pagedserve {__version__}")
     return 0
 
 
 def say(line: str) -> None:
     """A line for people, at once."""
-    print(line, flush=True)
+    write(f"{line}\n")
 
 
 def write(text: str) -> None:
-    """Text as it comes."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Text as it comes. Raises PagedServeError where standard output takes no more."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader that has enough, such as `head`: nothing to complain of
+        raise
+    except OSError as error:
+        drop_output()
+        raise PagedServeError(
+            f"cannot write to standard output: {error.strerror or error}"
+        ) from error
+
+
+def drop_output() -> None:
+    """Send what is still buffered nowhere: the interpreter's last flush would fail once more."""
+    with contextlib.suppress(OSError):  # no file at all, as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ import functools
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +30,7 @@ from pagedserve.request import (
     check_prompt,
     check_vocabulary,
     choice_seed,
+    plain_token_ids,
 )
 from pagedserve.text.chat import NO_TEMPLATE, ChatTemplate, check_messages, load_text
 from pagedserve.text.deltas import Delta, TextStream
@@ -84,7 +85,7 @@ class Pending:
 
 
 class LLM:
-    """An engine process with a model, used from one thread.
+    """An engine process with a model, used from one thread of the process that made it.
 
     `options` are the server's, by keyword: `LLM("dir", dtype="float32", max_model_len=2048)`.
     Raises StartupError with the cause when the model cannot be served.
@@ -104,7 +105,8 @@ class LLM:
         self._template: ChatTemplate | None = None
         self._tokenizer: Tokenizer | None = None
         self._client = EngineClient()
-        # For scripts that just end: no process may stay behind.
+        # For scripts that just end: no process may stay behind. In a fork, where this runs as
+        # well, `close` leaves the engine alone.
         weakref.finalize(self, self._client.close, 0.1)
         if on_progress is not None:
             self._client.on_progress = reporter(on_progress)
@@ -165,13 +167,16 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs in the order of the prompts.
 
-        A prompt is a string, `{"prompt": text}` or `{"prompt_token_ids": ids}`. `use_tqdm` writes
-        one line to standard error with the time and the tokens a second. Raises RequestError before
-        anything runs if a prompt or its parameters cannot be served, and the first error of a
-        request that failed on the way.
+        A prompt is a string, `{"prompt": text}` or `{"prompt_token_ids": ids}`, with the integers
+        of any library. `use_tqdm` writes one line to standard error with the time and the tokens a
+        second. Raises RequestError before anything runs if a prompt or its parameters cannot be
+        served, UnavailableError in a fork, and the first error of a request that failed on the way.
         """
-        several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        wanted = per_prompt(sampling_params or self.get_default_sampling_params(), len(several))
+        self._client.check_available()
+        several = as_prompts(prompts)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        wanted = per_prompt(sampling_params, len(several))
         work = [
             self._pending(*self._read_prompt(prompt), params)
             for prompt, params in zip(several, wanted, strict=True)
@@ -191,7 +196,8 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several."""
-        one = not messages or isinstance(messages[0], Mapping)
+        several = isinstance(messages, (list, tuple)) and messages
+        one = not several or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
         prompts = [{"prompt_token_ids": self.chat_prompt(each)} for each in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -211,7 +217,10 @@ class LLM:
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Iterator[Delta]:
         """Complete one prompt, Delta by Delta. Ends early, and aborts, once `interrupted()`."""
-        params = sampling_params or self.get_default_sampling_params()
+        self._client.check_available()
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = checked_params(sampling_params)
         if params.n != 1:
             raise RequestError("stream writes one completion; n must be 1", param="n")
         work = self._pending(*self._read_prompt(prompt), params)
@@ -230,14 +239,13 @@ class LLM:
             self._client.abort(work.ids)
 
     def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                text = prompt.get("prompt")
-                return text, list(prompt["prompt_token_ids"])
-            prompt = prompt.get("prompt", "")
-        if not isinstance(prompt, str):
+        if isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
+            ids = plain_token_ids("prompt_token_ids", prompt["prompt_token_ids"])
+            return prompt.get("prompt"), ids
+        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+        if not isinstance(text, str):
             raise RequestError("a prompt is a string, or has prompt_token_ids", param="prompt")
-        return prompt, self.get_tokenizer().encode(prompt)
+        return text, self.get_tokenizer().encode(text)
 
     def _pending(self, text: str | None, ids: list[int], params: SamplingParams) -> Pending:
         ready = self._client.ready
@@ -302,18 +310,37 @@ class LLM:
         )
 
 
-def per_prompt(
-    params: SamplingParams | Sequence[SamplingParams], num_prompts: int
-) -> list[SamplingParams]:
-    """One set of parameters for each prompt."""
-    if isinstance(params, SamplingParams):
-        return [params] * num_prompts
+def as_prompts(given: Any) -> list[Any]:
+    """One prompt as a list of one, several as a list. Raises RequestError for what is neither."""
+    if isinstance(given, (str, Mapping)):
+        return [given]
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
+        raise RequestError(
+            f"prompts are a prompt or a list of them, got {type(given).__name__}", param="prompt"
+        )
+    return list(given)
+
+
+def per_prompt(params: Any, num_prompts: int) -> list[SamplingParams]:
+    """One set of parameters for each prompt, of a SamplingParams or a sequence of them."""
+    if not isinstance(params, (list, tuple)):
+        return [checked_params(params)] * num_prompts
     if len(params) != num_prompts:
         raise RequestError(
             f"there are {len(params)} sampling_params for {num_prompts} prompts",
             param="sampling_params",
         )
-    return list(params)
+    return [checked_params(each) for each in params]
+
+
+def checked_params(params: Any) -> SamplingParams:
+    """`params`. Raises RequestError for what is no SamplingParams."""
+    if not isinstance(params, SamplingParams):
+        raise RequestError(
+            f"sampling_params must be SamplingParams, got {type(params).__name__}",
+            param="sampling_params",
+        )
+    return params
 
 
 def reporter(say: Callable[[str, float], None]) -> Callable[[Progress | Ready], None]:

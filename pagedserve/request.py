@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Mapping, Sequence
+import numbers
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -42,6 +44,7 @@ BOUNDS: dict[str, tuple[type, float, float]] = {
     "prompt_logprobs": (int, 0, MAX_LOGPROBS),
 }
 MAY_BE_NONE = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
+FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
 
 
 class FinishReason(enum.StrEnum):
@@ -61,6 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     token, its own log-probability and those of the k likeliest; they are taken from the model's
     logits before any processor and before temperature.
 
+    Numbers of any library are welcome and become Python's own: only those cross to the engine.
     Raises `RequestError` naming the parameter and the limit.
     """
 
@@ -87,13 +91,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
-        stop: Any = self.stop  # a single string is welcome, and becomes a list of one
-        set_(self, "stop", [stop] if isinstance(stop, str) else list(stop or ()))
-        set_(self, "stop_token_ids", list(self.stop_token_ids or ()))
+        set_(self, "stop", plain_stops(self.stop))
+        set_(self, "stop_token_ids", plain_stop_tokens(self.stop_token_ids))
         set_(self, "logit_bias", bias_by_token(self.logit_bias))
         for name, (kind, low, high) in BOUNDS.items():
-            check_number(name, getattr(self, name), kind, low, high)
-        check_stop(self.stop, self.stop_token_ids)
+            given = getattr(self, name)
+            plain = check_number(name, given, kind, low, high)
+            if plain is not given:
+                set_(self, name, plain)
+        for name in FLAGS:
+            check_flag(name, getattr(self, name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, above max_tokens, which is {self.max_tokens}",
@@ -143,38 +150,115 @@ def choice_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # 63 bits, as drawn seeds have
 
 
-def check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
-    """Raise unless `value` is a finite number of `kind` in [low, high] (or None where allowed)."""
+def check_number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
+    """`value` as a plain `kind`, int or float (or None, where allowed).
+
+    Raise unless it is a finite number of that kind in [low, high].
+    """
     if value is None and name in MAY_BE_NONE:
-        return
-    good = isinstance(value, int) or (kind is float and isinstance(value, float))
-    if isinstance(value, bool) or not good:
-        word = "an integer" if kind is int else "a number"
-        raise RequestError(f"{name} must be {word}, got {type(value).__name__}", param=name)
+        return None
+    value = plain_number(name, value, kind)
     if not low <= value <= high:  # NaN compares false
         given = value if -1e30 < value < 1e30 or value != value else "a number far outside"
         raise RequestError(f"{name} must be between {low} and {high}, got {given}", param=name)
+    return kind(value)  # last: an integer far outside is no float
 
 
-def check_stop(stop: Sequence[Any], stop_token_ids: Sequence[Any]) -> None:
-    """Raise unless there are few stops and each is short and of the right type."""
-    if len(stop) > MAX_STOP_STRINGS:
-        raise RequestError(
-            f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed", param="stop"
-        )
-    for text in stop:
-        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+def plain_number(name: str, value: Any, kind: type) -> Any:
+    """`value`, as an int where `kind` is int. Raise for what is none, booleans among them."""
+    if type(value) is kind:
+        return value
+    if kind is int and (index := plain_index(value)) is not None:
+        return index
+    if kind is float and type(value) is not bool and isinstance(value, numbers.Real):
+        return value
+    word = "an integer" if kind is int else "a number"
+    raise RequestError(f"{name} must be {word}, got {type(value).__name__}", param=name)
+
+
+def plain_index(value: Any) -> int | None:
+    """`value` as Python's own int if it is an integer of any library; None if not, or a bool."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be True or False, got {type(value).__name__}", param=name)
+
+
+def plain_list(name: str, given: Any) -> list[Any]:
+    """`given` as a list: of a sequence or an array of any library, its elements Python's own."""
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} must be a list, got {type(given).__name__}", param=name)
+    return list(values)
+
+
+def plain_token_ids(name: str, given: Any) -> list[int]:
+    """`given` as a list of plain ints. Raise, naming `name`, for anything but integers."""
+    ids = plain_list(name, given)
+    if are_plain_ints(ids):
+        return ids
+    plain = []
+    for at, id in enumerate(ids):
+        if (index := plain_index(id)) is None:
             raise RequestError(
-                f"each stop must be a string of 1 to {MAX_STOP_CHARS} characters", param="stop"
+                f"{name} must be integers; at {at} there is one of type {type(id).__name__}",
+                param=name,
             )
-    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        plain.append(index)
+    return plain
+
+
+def are_plain_ints(ids: Iterable[Any]) -> bool:
+    """True when all are Python's own integers; 30 ns each."""
+    return set(map(type, ids)) <= {int}
+
+
+def plain_stops(stop: Any) -> list[str]:
+    """Stop strings as a list. Raise unless there are few and each is short and can be UTF-8."""
+    if stop is None:
+        return []
+    # a single string is welcome, and becomes a list of one
+    stops = [stop] if isinstance(stop, str) else plain_list("stop", stop)
+    if len(stops) > MAX_STOP_STRINGS:
         raise RequestError(
-            f"stop_token_ids has {len(stop_token_ids)} entries, at most {MAX_STOP_TOKEN_IDS} are "
-            "allowed",
+            f"stop has {len(stops)} strings, at most {MAX_STOP_STRINGS} are allowed", param="stop"
+        )
+    return [plain_stop(text) for text in stops]
+
+
+def plain_stop(text: Any) -> str:
+    """One stop string, checked; as Python's own str, which some libraries derive from."""
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+        raise RequestError(
+            f"each stop must be a string of 1 to {MAX_STOP_CHARS} characters", param="stop"
+        )
+    try:
+        return text.encode().decode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"stop {ascii(text)} holds half of a surrogate pair, which no text has", param="stop"
+        ) from error
+
+
+def plain_stop_tokens(given: Any) -> list[int]:
+    """Stop token ids as plain ints. Raise unless there are few."""
+    if given is None:
+        return []
+    ids = plain_list("stop_token_ids", given)
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise RequestError(
+            f"stop_token_ids has {len(ids)} entries, at most {MAX_STOP_TOKEN_IDS} are allowed",
             param="stop_token_ids",
         )
-    if not all(type(token) is int for token in stop_token_ids):
-        raise RequestError("stop_token_ids must be integers", param="stop_token_ids")
+    return plain_token_ids("stop_token_ids", ids)
 
 
 def bias_by_token(bias: Any) -> dict[int, float]:
@@ -188,13 +272,24 @@ def bias_by_token(bias: Any) -> dict[int, float]:
             param="logit_bias",
         )
     checked: dict[int, float] = {}
-    for token, value in bias.items():
-        decimal = isinstance(token, str) and token.isdecimal() and len(token) <= 10
-        if not isinstance(token, int) and not decimal:
-            raise RequestError("the keys of logit_bias must be token ids", param="logit_bias")
-        check_number("logit_bias", value, float, -100.0, 100.0)
-        checked[int(token)] = float(value)
+    for key, value in bias.items():
+        token = bias_token(key)
+        if token in checked:
+            raise RequestError(f"logit_bias names token {token} twice", param="logit_bias")
+        checked[token] = check_number("logit_bias", value, float, -100.0, 100.0)
     return checked
+
+
+def bias_token(key: Any) -> int:
+    """The token id that a key of `logit_bias` names: an integer, or its digits as JSON has it."""
+    if isinstance(key, str):
+        # isdecimal alone is true of every script's digits; ten digits are past any vocabulary
+        token = int(key) if key.isascii() and key.isdecimal() and len(key) <= 10 else None
+    else:
+        token = plain_index(key)
+    if token is None:
+        raise RequestError("the keys of logit_bias must be token ids", param="logit_bias")
+    return token
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
@@ -219,8 +314,9 @@ def check_prompt(
     """Check a tokenised prompt against the model; return `params` with `max_tokens` settled.
 
     `param` is the dialect's name of the prompt ("messages" for chat). Raises `RequestError` for an
-    empty prompt or a token id outside the vocabulary, `ContextLengthExceeded` when the prompt, or
-    the prompt and `max_tokens` together, do not fit `max_model_len` (tokens).
+    empty prompt, a token id that is no plain int (see `plain_token_ids`) or outside the vocabulary,
+    `ContextLengthExceeded` when the prompt, or the prompt and `max_tokens` together, do not fit
+    `max_model_len` (tokens).
     """
     if not token_ids:
         raise RequestError(f"{param} is empty; give at least one token", param=param)
@@ -231,6 +327,8 @@ def check_prompt(
             f"{len(token_ids)}, which leaves no room for an answer. Shorten the prompt.",
             param=param,
         )
+    if not are_plain_ints(token_ids):
+        raise RequestError(f"{param} must be token ids, all of them integers", param=param)
     low, high = min(token_ids), max(token_ids)
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high

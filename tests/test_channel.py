@@ -1,11 +1,19 @@
-"""The channel: frames in any pieces, a peer that does not read, a peer that is gone."""
+"""The channel: frames in any pieces, a peer that does not read, a peer that is gone.
+
+And its two processes: what the engine's end does where the API's end dies, or torch is missing.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -31,6 +39,7 @@ from pagedserve.engine.channel import (
     Stats,
     Submit,
 )
+from pagedserve.engine.client import EngineClient
 from pagedserve.request import Request, SamplingParams
 
 EVERY: list[Message] = [
@@ -157,3 +166,85 @@ def test_a_half_frame_before_the_end_is_dropped() -> None:
         channel.receive(1.0)
     channel.close()
     raw.close()
+
+
+STARTING = """
+from pagedserve.engine.client import EngineClient
+client = EngineClient()
+while not client.phases:
+    client.poll(1.0)
+print(client.pid, flush=True)
+input()
+"""
+
+
+def is_alive(pid: int) -> bool:
+    """False also for a zombie, which nobody may be left to wait for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_an_engine_that_is_stopped_dies_with_its_parent() -> None:
+    command = [sys.executable, "-c", STARTING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        engine = int(parent.stdout.readline())
+        os.kill(engine, signal.SIGSTOP)
+        assert is_alive(engine)
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while is_alive(engine) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_alive(engine)
+
+
+def test_an_engine_started_in_a_thread_outlives_the_thread() -> None:
+    made: list[EngineClient] = []
+    thread = threading.Thread(target=lambda: made.append(EngineClient()))
+    thread.start()
+    thread.join()
+    (client,) = made
+    try:
+        while not client.phases and client.cause_of_death is None:
+            client.poll(1.0)
+        client.poll(0.2)
+        assert client.cause_of_death is None
+        assert client._process.poll() is None
+    finally:
+        client.close(0.0)
+
+
+def test_a_parent_that_is_gone_already_is_none() -> None:
+    command = [sys.executable, "-m", "pagedserve.engine.process", "0", str(os.getpid() + 1)]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=30).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise ImportError('libcudart.so.13:\\n  cannot open')", "libcudart.so.13: cannot open"),
+        ("raise OSError('libc10.so: bad')", "libc10.so: bad"),
+        ("raise ModuleNotFoundError(\"No module named 'torch'\")", "No module named 'torch'"),
+    ],
+)
+def test_an_engine_without_torch_says_so_in_one_line(
+    source: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "torch.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    client = EngineClient()
+    try:
+        while client.cause_of_death is None:
+            client.poll(1.0)
+    finally:
+        client.close(5.0)
+    cause = f"torch cannot be imported: {reason}; install torch>=2.11"
+    assert client.cause_of_death == cause
+    assert "Traceback" not in capfd.readouterr().err

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pagedserve
@@ -132,6 +135,19 @@ def test_a_stream_left_early_is_aborted(llm: LLM) -> None:
         ("hi", {"stop_token_ids": [10**6]}, RequestError),
         ("hi", {"seed": FAIL}, PagedServeError),
         (5, {}, RequestError),
+        ("\ud800", {}, RequestError),
+        ({}, {}, RequestError),
+        ({"prompt": None}, {}, RequestError),
+        ({"prompt_token_ids": [1.5]}, {}, RequestError),
+        ({"prompt_token_ids": [True]}, {}, RequestError),
+        ({"prompt_token_ids": [None]}, {}, RequestError),
+        ({"prompt_token_ids": "12"}, {}, RequestError),
+        ({"prompt_token_ids": None}, {}, RequestError),
+        ({"prompt_token_ids": np.array([5, 6])}, {}, None),
+        ({"prompt_token_ids": [np.int64(5)]}, {"temperature": np.float64(0.5)}, None),
+        ("hi", {"ignore_eos": 1}, RequestError),
+        ("hi", {"detokenize": None}, RequestError),
+        ("hi", {"stop": ["\ud800"]}, RequestError),
     ],
 )
 def test_a_bad_prompt_is_refused_and_the_engine_goes_on(
@@ -144,6 +160,78 @@ def test_a_bad_prompt_is_refused_and_the_engine_goes_on(
             llm.generate(["good", prompt], SamplingParams(**params))
     assert llm.generate("hello", SamplingParams(max_tokens=1))
     assert llm._client.num_live == 0
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, [None], "x", 5, [{"n": 1}]])
+def test_sampling_params_of_another_type_are_refused_by_name(params: Any, llm: LLM) -> None:
+    with pytest.raises(RequestError, match="sampling_params must be SamplingParams") as caught:
+        llm.generate(["hello"], params)
+    assert caught.value.param == "sampling_params"
+    with pytest.raises(RequestError, match="sampling_params must be SamplingParams"):
+        next(llm.stream("hello", params))
+
+
+def test_no_sampling_params_for_two_prompts_are_too_few(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="0 sampling_params for 2 prompts"):
+        llm.generate(["a", "b"], [])
+    assert llm.generate([], []) == []
+
+
+@pytest.mark.parametrize("prompts", [5, None, b"hi", [b"hi"], [None], [[1, 2]]])
+def test_what_is_no_prompt_is_refused(prompts: Any, llm: LLM) -> None:
+    with pytest.raises(RequestError) as caught:
+        llm.generate(prompts)
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("messages", [5, "hi", {"role": "user"}, [], ["hi"], [None]])
+def test_what_is_no_conversation_is_refused(messages: Any, llm: LLM) -> None:
+    with pytest.raises(RequestError, match="messages"):
+        llm.chat(messages)
+
+
+def test_a_request_that_cannot_be_sent_leaves_no_sink(llm: LLM) -> None:
+    params = SamplingParams(stop=["x"])
+    params.stop[0] = "\ud800"  # behind the checks' back
+    with pytest.raises(UnicodeEncodeError):
+        llm.generate("hello", params)
+    assert llm._client.num_live == 0
+    assert llm.generate("hello", SamplingParams(max_tokens=1))
+
+
+FORKING = """
+import functools, os, sys
+from pagedserve import LLM, SamplingParams, llm as room
+from pagedserve.engine.client import EngineClient
+from pagedserve.errors import UnavailableError
+
+room.EngineClient = functools.partial(EngineClient, "tests.api.toy_engine")
+llm = LLM(sys.argv[1])
+stream = llm.stream("hello", SamplingParams(max_tokens=8))
+next(stream)
+child = os.fork()
+if child == 0:
+    for use in (lambda: llm.generate("hello"), lambda: next(stream), lambda: list(stream)):
+        try:
+            print("child", use(), flush=True)
+        except UnavailableError as error:
+            print("refused:", error, flush=True)
+    llm.shutdown()
+    sys.exit(0)  # every finalizer runs
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print("rest", len(list(stream)))
+print("again", len(llm.generate("hello", SamplingParams(max_tokens=3))))
+"""
+
+
+def test_a_fork_neither_uses_nor_ends_its_parents_engine(checkpoint: str) -> None:
+    """In a process of its own: a fork of the tests would be a second run of them."""
+    command = [sys.executable, "-c", FORKING, checkpoint]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    lines = run.stdout.splitlines()
+    assert run.returncode == 0, run.stderr
+    assert len([line for line in lines if line.startswith("refused: this engine belongs to")]) == 2
+    assert lines[-2:] == ["rest 7", "again 1"]
 
 
 def test_without_a_tokenizer_there_are_token_ids(checkpoint: str) -> None:
@@ -221,9 +309,6 @@ def test_use_tqdm_writes_one_line(llm: LLM, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, pagedserve; print(pagedserve.__version__, *sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.startswith(pagedserve.__version__)

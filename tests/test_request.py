@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from pagedserve.errors import ContextLengthExceeded, RequestError
 from pagedserve.request import (
     BOUNDS,
+    FLAGS,
     MAX_BIAS_ENTRIES,
     MAX_STOP_STRINGS,
     MAY_BE_NONE,
@@ -20,6 +23,7 @@ from pagedserve.request import (
     check_prompt,
     check_vocabulary,
     choice_seed,
+    plain_token_ids,
 )
 
 MODEL: dict[str, Any] = {"vocab_size": 100, "max_model_len": 10}
@@ -60,12 +64,25 @@ def test_one_stop_string_becomes_a_list() -> None:
     assert SamplingParams(stop=None).stop == []  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("stop", [[""], ["x" * 257], [5], ["x"] * (MAX_STOP_STRINGS + 1)])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        [""],
+        ["x" * 257],
+        [5],
+        ["x"] * (MAX_STOP_STRINGS + 1),
+        ["\ud800"],
+        "\ud800",
+        5,
+        b"x",
+        {"a": 1},
+    ],
+)
 def test_bad_stops_are_refused(stop: Any) -> None:
     refused(stop=stop)
 
 
-@pytest.mark.parametrize("ids", [["x"], [True], [1.0], [1] * 129])
+@pytest.mark.parametrize("ids", [["x"], [True], [1.0], [None], [1] * 129, "12", 5, {1: 2}])
 def test_bad_stop_tokens_are_refused(ids: Any) -> None:
     refused(stop_token_ids=ids)
 
@@ -86,6 +103,13 @@ def test_bias_keys_may_be_strings_as_json_has_them() -> None:
         {5: 101},
         {5: float("nan")},
         {"9" * 5000: 1},
+        {"5": 1, "05": 2},
+        {"5": 1, 5: 1},
+        {"٥": 1},
+        {"²": 1},
+        {True: 1},
+        {None: 1},
+        {1.0: 1},
         [5],
         dict.fromkeys(range(MAX_BIAS_ENTRIES + 1), 1),
     ],
@@ -97,6 +121,74 @@ def test_bad_biases_are_refused(bias: Any) -> None:
 def test_min_tokens_may_not_be_above_max_tokens() -> None:
     refused(min_tokens=9, max_tokens=8)
     assert SamplingParams(min_tokens=9, max_tokens=None).min_tokens == 9
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_are_true_or_false(name: str) -> None:
+    for value in (1, 0, None, "yes", []):
+        assert "must be True or False" in refused(**{name: value}).message
+    for value in (True, False):
+        assert getattr(SamplingParams(**{name: value}), name) is value  # type: ignore[arg-type]
+
+
+def test_numbers_of_another_library_become_plain_ones() -> None:
+    """msgspec encodes only Python's own, and the engine decodes only what was encoded."""
+    params = SamplingParams(
+        temperature=np.float64(0.5),
+        top_p=np.float32(0.5),  # type: ignore[arg-type]
+        min_p=0,
+        max_tokens=np.int64(7),  # type: ignore[arg-type]
+        seed=np.uint8(3),  # type: ignore[arg-type]
+        stop=np.array(["x"]),  # type: ignore[arg-type]
+        stop_token_ids=np.array([5, 6]),  # type: ignore[arg-type]
+        logit_bias={np.int32(5): np.float32(1.5)},  # type: ignore[dict-item]
+    )
+    plain = SamplingParams(
+        temperature=0.5,
+        top_p=0.5,
+        max_tokens=7,
+        seed=3,
+        stop=["x"],
+        stop_token_ids=[5, 6],
+        logit_bias={5: 1.5},
+    )
+    assert msgspec.msgpack.encode(params) == msgspec.msgpack.encode(plain)
+    assert type(params.temperature) is type(params.min_p) is float
+    for name in ("temperature", "max_tokens"):
+        for value in (np.True_, np.array([1, 2]), 1j, "1"):
+            assert f"{name} must be" in refused(**{name: value}).message
+    refused(max_tokens=np.float64(5))
+
+
+def test_token_ids_of_any_library_become_plain_ints() -> None:
+    one, two = np.int64(1), np.uint8(2)
+    for ids in ([1, 2], (1, 2), range(1, 3), np.array([1, 2]), [one, two], iter([1, two])):
+        ids = plain_token_ids("ids", ids)
+        assert ids == [1, 2] and set(map(type, ids)) == {int}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[1.5], [True], [None], ["1"], [[1]], "12", b"12", None, 5, {1: 2},
+     np.array([1.0]), np.array([True]), np.array([[1]]), np.array(1)],
+)  # fmt: skip
+def test_what_is_no_token_id_is_refused_by_its_parameter(given: Any) -> None:
+    with pytest.raises(RequestError, match="prompt_token_ids must be") as caught:
+        plain_token_ids("prompt_token_ids", given)
+    assert caught.value.param == "prompt_token_ids"
+
+
+@pytest.mark.parametrize("token", [1.5, True, np.int64(5), None, "5"])
+def test_a_prompt_of_anything_but_plain_ints_is_refused(token: Any) -> None:
+    with pytest.raises(RequestError, match="prompt must be token ids"):
+        check_prompt([5, token], SamplingParams(), **MODEL)
+
+
+def test_a_million_token_ids_are_checked_in_no_time() -> None:
+    ids = list(range(1_000_000))
+    start = time.monotonic()
+    assert plain_token_ids("ids", ids) == ids
+    assert time.monotonic() - start < 0.5  # 0.04 s on a free machine
 
 
 def test_a_changed_copy_is_checked() -> None:

@@ -1,6 +1,7 @@
 """HTTP in, server-sent events out: the API process.
 
     server.py     its life: listen, load, serve, drain, exit codes
+    protocol.py   a bound on request heads, below the routes
     app.py        the routes and what every request passes through
     service.py    what the routes share: engine client, tokenizer, phase
     answer.py     one HTTP request's sequences: Deltas as they come, abort exactly once

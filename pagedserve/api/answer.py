@@ -142,8 +142,7 @@ class Answer:
         if self._waiting:
             taken, self._waiting = self._waiting, []
             return taken
-        if self._error is not None:
-            raise self._error
+        self.check()
         return []
 
     async def collect(self) -> list[list[Delta]]:
@@ -153,6 +152,11 @@ class Answer:
             for index, delta in await self.next():
                 collected[index].append(delta)
         return collected
+
+    def check(self) -> None:
+        """Raise what the answer failed with, if it did."""
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Nobody reads any more: abort what still runs. Idempotent."""

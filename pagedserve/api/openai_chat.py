@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from pagedserve.api.answer import Answer, joined, reading
+from pagedserve.api.answer import Answer, reading
+from pagedserve.api.openai_logprobs import chat_logprobs
 from pagedserve.api.openai_schema import NEUTRAL_CHAT, ChatBody, read_body
-from pagedserve.api.openai_shapes import Head, chat_token, check_model, json_response, usage_of
-from pagedserve.api.service import INLINE_CHARS, Service
+from pagedserve.api.openai_shapes import Head, check_model, choices_of, json_response, usage_of
+from pagedserve.api.service import INLINE_BYTES, Service, in_thread_if
 from pagedserve.api.sse import Envelope, EventStream, encode
 from pagedserve.errors import RequestError
+from pagedserve.request import SamplingParams
 from pagedserve.text.chat import NO_TEMPLATE, check_messages
 from pagedserve.text.deltas import Delta
 from pagedserve.text.tokenizer import Tokenizer
 
-INLINE_MESSAGES = 64  # rendered faster than a thread is reached
 MARK = "\ue000"  # stands for the text while a chunk's unchanging part is rendered
 
 
@@ -27,60 +28,48 @@ async def create_chat_completion(service: Service, request: HttpRequest) -> Resp
     service.check_available()
     body = await read_body(request, ChatBody, NEUTRAL_CHAT)
     check_model(service, body.model)
-    tokenizer = service.tokenizer
-    assert tokenizer is not None
     params = body.params(max_tokens=body.limit(), logprobs=body.num_logprobs())
-    prompt = await prompt_of(service, body)
-    params = service.check(prompt, params, param="messages")
+    large = len(await request.body()) > INLINE_BYTES
+    prompt, params = await in_thread_if(large, prepare, service, body, params)
     answer = service.submit([prompt], [params], priority=body.priority or 0)
+    assert service.tokenizer is not None
     if body.stream:
         head = Head.of(service, request, "chatcmpl", "chat.completion.chunk")
-        return EventStream(answer, ChatEvents(tokenizer, body, head, answer))
+        return EventStream(answer, ChatEvents(service.tokenizer, body, head, answer))
     async with reading(answer, request.receive):
-        deltas = await answer.collect()
-    return json_response(
-        Head.of(service, request, "chatcmpl", "chat.completion").fields()
-        | {
-            "choices": [
-                whole_choice(tokenizer, body, index, joined(pieces))
-                for index, pieces in enumerate(deltas)
-            ],
-            "usage": usage_of(answer, params.n),
-        }
-    )
+        choices = await choices_of(answer, partial(whole_choice, service.tokenizer, body))
+    head = Head.of(service, request, "chatcmpl", "chat.completion")
+    return json_response(head.fields() | {"choices": choices, "usage": usage_of(answer, params.n)})
 
 
-async def prompt_of(service: Service, body: ChatBody) -> list[int]:
-    """The token ids that the chat template makes of the messages. Raises RequestError."""
+def prepare(
+    service: Service, body: ChatBody, params: SamplingParams
+) -> tuple[list[int], SamplingParams]:
+    """The token ids that the chat template makes of the messages, and `params` settled for them.
+
+    Raises RequestError. May run in a thread.
+    """
     messages = check_messages(body.messages)
     if service.template is None:
         raise RequestError(NO_TEMPLATE, param="messages", code="no_chat_template")
-    render = service.template.render
-    size = sum(len(message["content"]) for message in messages)
-    if size <= INLINE_CHARS and len(messages) <= INLINE_MESSAGES:
-        text = render(messages)
-    else:
-        text = await asyncio.to_thread(render, messages)
+    text = service.template.render(messages)
+    service.check_chars([text], param="messages")
     # The template wrote the special tokens; the tokenizer must not add them again.
-    (ids,) = await service.encode([text], param="messages", add_special_tokens=False)
-    return ids
+    ids = service.encode(text, add_special_tokens=False)
+    return ids, service.check(ids, params, param="messages")
 
 
-def whole_choice(tokenizer: Tokenizer, body: ChatBody, index: int, delta: Delta) -> dict[str, Any]:
+async def whole_choice(
+    tokenizer: Tokenizer, body: ChatBody, index: int, delta: Delta
+) -> dict[str, Any]:
     """Choice `index` of an answer in one piece."""
     return {
         "index": index,
         "message": {"role": "assistant", "content": delta.text, "refusal": None},
-        "logprobs": logprobs_of(tokenizer, delta) if body.logprobs else None,
+        "logprobs": await chat_logprobs(tokenizer, delta) if body.logprobs else None,
         "finish_reason": delta.finish_reason,
         "stop_reason": delta.stop_reason,
     }
-
-
-def logprobs_of(tokenizer: Tokenizer, delta: Delta) -> dict[str, Any]:
-    """The log-probabilities of a Delta's tokens."""
-    pairs = zip(delta.token_ids, delta.logprobs, strict=True)
-    return {"content": [chat_token(tokenizer, id, entry) for id, entry in pairs], "refusal": None}
 
 
 class ChatEvents:
@@ -103,10 +92,10 @@ class ChatEvents:
             for index in range(len(self._answer.sequences))
         )
 
-    def delta(self, index: int, delta: Delta) -> bytes:
+    async def delta(self, index: int, delta: Delta) -> bytes:
         parts = []
         if self._body.logprobs and delta.logprobs:
-            logprobs = logprobs_of(self._tokenizer, delta)
+            logprobs = await chat_logprobs(self._tokenizer, delta)
             choice = self._choice(index, {"content": delta.text}, logprobs)
             parts.append(self._envelope.chunk(choice))
         elif delta.text:

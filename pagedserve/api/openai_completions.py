@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from pagedserve.api.answer import Answer, joined, reading
+from pagedserve.api.answer import Answer, reading
+from pagedserve.api.openai_logprobs import Table, prompt_offsets
 from pagedserve.api.openai_schema import NEUTRAL_COMPLETION, CompletionBody, read_body
-from pagedserve.api.openai_shapes import Head, check_model, json_response, text_token, usage_of
-from pagedserve.api.service import Service
+from pagedserve.api.openai_shapes import Head, check_model, choices_of, json_response, usage_of
+from pagedserve.api.service import INLINE_BYTES, Service, check_num_sequences, in_thread_if
 from pagedserve.api.sse import Envelope, EventStream, encode
-from pagedserve.errors import RequestError
+from pagedserve.errors import ContextLengthExceeded, RequestError
 from pagedserve.request import FinishReason, SamplingParams
-from pagedserve.text.deltas import Delta, PositionLogprobs
-from pagedserve.text.detokenizer import detokenizer
-from pagedserve.text.tokenizer import Tokenizer
+from pagedserve.text.deltas import Delta
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 1024
+MAX_PROMPT_ENTRIES = 4_000_000  # log-probabilities of prompts in one answer: about 100 MB of JSON
 MARK = "\ue000"  # stands for the text while a chunk's unchanging part is rendered
+NOTHING = Delta("", [], [], [])
 
 
 @dataclass
@@ -53,28 +53,23 @@ async def create_completion(service: Service, request: HttpRequest) -> Response:
     service.check_available()
     body = await read_body(request, CompletionBody, NEUTRAL_COMPLETION)
     check_model(service, body.model)
-    job = await prepare(service, body, Head.of(service, request, "cmpl", "text_completion"))
+    head = Head.of(service, request, "cmpl", "text_completion")
+    large = len(await request.body()) > INLINE_BYTES
+    job = await in_thread_if(large, prepare, service, body, head)
     answer = service.submit(job.prompts, job.params, priority=body.priority or 0)
     if body.stream:
         return EventStream(answer, CompletionEvents(service, job, answer))
+    rendering = Choices(service, job, answer)
     async with reading(answer, request.receive):
-        deltas = await answer.collect()
-    choices = Choices(service, job, answer)
-    return json_response(
-        job.head.fields()
-        | {
-            "choices": [
-                choices.whole(index, joined(pieces)) for index, pieces in enumerate(deltas)
-            ],
-            "usage": choices.usage(),
-        }
-    )
+        choices = await choices_of(answer, rendering.whole)
+    return json_response(head.fields() | {"choices": choices, "usage": rendering.usage()})
 
 
-async def prepare(service: Service, body: CompletionBody, head: Head) -> Job:
-    """Tokenise and check the prompts, settle the parameters. Raises RequestError."""
-    tokenizer = service.tokenizer
-    assert tokenizer is not None
+def prepare(service: Service, body: CompletionBody, head: Head) -> Job:
+    """Tokenise and check the prompts, settle the parameters. May run in a thread.
+
+    Raises RequestError at the first prompt that is unfit: those after it cost nothing.
+    """
     scoring = bool(body.echo) and body.max_tokens == 0
     params = body.params(
         max_tokens=1 if scoring else body.max_tokens,
@@ -83,18 +78,60 @@ async def prepare(service: Service, body: CompletionBody, head: Head) -> Job:
     )
     job = Job(body, head, [], [], [], scoring, body.logprobs is not None)
     prompts = read_prompts(body.prompt)
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await service.encode(texts, param="prompt", add_special_tokens=True))
+    check_num_sequences(len(prompts) * params.n)
+    service.check_chars([each for each in prompts if isinstance(each, str)], param="prompt")
+    num_entries = 0
     for prompt in prompts:
-        ids = next(encoded) if isinstance(prompt, str) else prompt
-        settled = service.check(ids, params, param="prompt")
-        if body.max_tokens is None and settled.max_tokens is not None:
-            settled = settled.replace(max_tokens=min(settled.max_tokens, DEFAULT_MAX_TOKENS))
-        job.prompts.append(ids)
-        job.params.append(settled)
-        if body.echo:
-            job.texts.append(prompt if isinstance(prompt, str) else tokenizer.decode(ids))
+        ids = service.encode(prompt) if isinstance(prompt, str) else prompt
+        add_prompt(service, job, prompt, ids, params)
+        num_entries += num_prompt_entries(len(ids), params)
+        check_prompt_entries(num_entries)
     return job
+
+
+def add_prompt(
+    service: Service, job: Job, prompt: str | list[int], ids: list[int], params: SamplingParams
+) -> None:
+    """Check `prompt`, whose tokens are `ids`, and add it to `job`. Raises RequestError."""
+    assert service.tokenizer is not None
+    if job.scoring:
+        check_scored(len(ids), service.check_available().max_model_len)
+    settled = service.check(ids, params, param="prompt")
+    if job.body.max_tokens is None and settled.max_tokens is not None:
+        settled = settled.replace(max_tokens=min(settled.max_tokens, DEFAULT_MAX_TOKENS))
+    job.prompts.append(ids)
+    job.params.append(settled)
+    if job.body.echo:
+        job.texts.append(prompt if isinstance(prompt, str) else service.tokenizer.decode(ids))
+
+
+def num_prompt_entries(num_tokens: int, params: SamplingParams) -> int:
+    """How many log-probabilities of a prompt's tokens the answer holds."""
+    if params.prompt_logprobs is None:
+        return 0
+    return num_tokens * params.n * (params.prompt_logprobs + 1)
+
+
+def check_prompt_entries(num_entries: int) -> None:
+    """Raise RequestError for an answer with too many log-probabilities of prompts."""
+    if num_entries > MAX_PROMPT_ENTRIES:
+        raise RequestError(
+            f"with echo, prompt tokens times n times (logprobs + 1) may be {MAX_PROMPT_ENTRIES} at "
+            "most, and this request has more. Send fewer prompts at a time, or lower logprobs.",
+            param="logprobs",
+        )
+
+
+def check_scored(num_tokens: int, max_model_len: int) -> None:
+    """Raise ContextLengthExceeded where a prompt is too long to be scored."""
+    if num_tokens < max_model_len:
+        return
+    raise ContextLengthExceeded(
+        f"This model's maximum context length is {max_model_len} tokens. To score a prompt (echo "
+        "with max_tokens 0) one token more is computed, which is not shown, so a prompt may have "
+        f"{max_model_len - 1} tokens; this one has {num_tokens}. Shorten it.",
+        param="prompt",
+    )
 
 
 def read_prompts(prompt: Any) -> list[str | list[int]]:
@@ -105,7 +142,7 @@ def read_prompts(prompt: Any) -> list[str | list[int]]:
         raise bad_prompt()
     if not prompt:
         raise RequestError("prompt is empty; give at least one token", param="prompt")
-    kinds = set(map(type, prompt))
+    kinds = {type(each) for each in prompt}  # no C loop: it would keep the other threads waiting
     if kinds == {int}:
         return [prompt]
     if len(prompt) > MAX_PROMPTS:
@@ -135,52 +172,66 @@ class Choices:
         self._job = job
         self._answer = answer
 
-    def whole(self, index: int, delta: Delta) -> dict[str, Any]:
+    async def whole(self, index: int, delta: Delta) -> dict[str, Any]:
         """Choice `index` of an answer in one piece."""
-        job = self._job
-        if not job.body.echo:
-            return self.piece(index, delta)
-        if job.scoring:
+        if not self._job.body.echo:
+            return await self.piece(index, delta)
+        if self._job.scoring:
             delta = Delta("", [], [], [], FinishReason.LENGTH)
-        echo = self.echo(index)
-        choice = self.piece(index, delta)
-        choice["text"] = echo["text"] + choice["text"]
-        if job.logprobs:
-            choice["logprobs"] = {
-                name: echo["logprobs"][name] + entries
-                for name, entries in choice["logprobs"].items()
-            }
-        return choice
+        table = self._table()
+        await self._add_prompt(table, index)
+        await self._add_answer(table, index, delta)
+        return self._choice(index, self._text(index) + delta.text, table, delta)
 
-    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+    async def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """Choice `index` with what one Delta says."""
-        shift = len(self._job.texts[index // self._job.n]) if self._job.body.echo else 0
-        offsets = [offset + shift for offset in delta.offsets]
-        logprobs = None
-        if self._job.logprobs:
-            logprobs = table(self._tokenizer, delta.token_ids, delta.logprobs, offsets)
-        return {
-            "index": index,
-            "text": delta.text,
-            "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
-        }
+        table = self._table()
+        await self._add_answer(table, index, delta)
+        return self._choice(index, delta.text, table, delta)
 
-    def echo(self, index: int) -> dict[str, Any]:
+    async def echo(self, index: int) -> dict[str, Any]:
         """Choice `index` with its prompt, and the prompt's log-probabilities where asked for."""
-        which = index // self._job.n
-        choice = self.piece(index, Delta(self._job.texts[which], [], [], []))
-        if self._job.logprobs:
-            ids = self._job.prompts[which]
-            entries = [None, *self._answer.sequences[index].prompt_entries]
-            offsets = prompt_offsets(self._tokenizer, ids)
-            choice["logprobs"] = table(self._tokenizer, ids, entries, offsets)
-        return choice
+        table = self._table()
+        await self._add_prompt(table, index)
+        return self._choice(index, self._text(index), table, NOTHING)
+
+    def around(self, index: int) -> dict[str, Any]:
+        """Choice `index` with MARK where its text stands."""
+        return self._choice(index, MARK, self._table(), NOTHING)
 
     def usage(self) -> dict[str, Any]:
         """The usage of the whole answer; a prompt counts once, however many choices it has."""
         return usage_of(self._answer, self._job.n, count_output=not self._job.scoring)
+
+    def _table(self) -> Table | None:
+        return Table(self._tokenizer) if self._job.logprobs else None
+
+    def _text(self, index: int) -> str:
+        """The prompt of choice `index`, which stands before its answer; empty without echo."""
+        return self._job.texts[index // self._job.n] if self._job.body.echo else ""
+
+    async def _add_prompt(self, table: Table | None, index: int) -> None:
+        if table is None:
+            return
+        ids = self._job.prompts[index // self._job.n]
+        entries = [None, *self._answer.sequences[index].prompt_entries]
+        await table.add(ids, entries, prompt_offsets(self._tokenizer, ids))
+
+    async def _add_answer(self, table: Table | None, index: int, delta: Delta) -> None:
+        if table is None:
+            return
+        shift = len(self._text(index))
+        offsets = (offset + shift for offset in delta.offsets)
+        await table.add(delta.token_ids, delta.logprobs, offsets)
+
+    def _choice(self, index: int, text: str, table: Table | None, end: Delta) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": None if table is None else table.json(),
+            "finish_reason": end.finish_reason,
+            "stop_reason": end.stop_reason,
+        }
 
 
 class CompletionEvents:
@@ -197,64 +248,35 @@ class CompletionEvents:
     def begin(self) -> bytes:
         return b""
 
-    def delta(self, index: int, delta: Delta) -> bytes:
+    async def delta(self, index: int, delta: Delta) -> bytes:
         if self._job.body.echo:
-            return self._echo_once(index) + self._after_echo(index, delta)
-        return self._piece(index, delta)
+            return await self._echo_once(index) + await self._after_echo(index, delta)
+        return await self._piece(index, delta)
 
     def end(self) -> bytes:
         if not self._job.body.include_usage:
             return b""
         return self._envelope.usage(self._choices.usage())
 
-    def _piece(self, index: int, delta: Delta) -> bytes:
+    async def _piece(self, index: int, delta: Delta) -> bytes:
         if delta.finish_reason is not None or delta.logprobs:
-            return self._envelope.chunk(self._choices.piece(index, delta))
+            return self._envelope.chunk(await self._choices.piece(index, delta))
         if not delta.text:
             return b""
         around = self._around.get(index)
         if around is None:
-            empty = self._choices.piece(index, Delta(MARK, [], [], []))
-            around = self._around[index] = self._envelope.around_text(empty, MARK)
+            around = self._envelope.around_text(self._choices.around(index), MARK)
+            self._around[index] = around
         return around[0] + encode(delta.text) + around[1]
 
-    def _echo_once(self, index: int) -> bytes:
+    async def _echo_once(self, index: int) -> bytes:
         """The prompt, before the first token: only then are its log-probabilities all there."""
         if index in self._echoed:
             return b""
         self._echoed.add(index)
-        return self._envelope.chunk(self._choices.echo(index))
+        return self._envelope.chunk(await self._choices.echo(index))
 
-    def _after_echo(self, index: int, delta: Delta) -> bytes:
+    async def _after_echo(self, index: int, delta: Delta) -> bytes:
         if self._job.scoring:
             delta = Delta("", [], [], [], FinishReason.LENGTH)
-        return self._piece(index, delta)
-
-
-def table(
-    tokenizer: Tokenizer,
-    ids: Sequence[int],
-    entries: Sequence[PositionLogprobs | None],
-    offsets: Sequence[int],
-) -> dict[str, list[Any]]:
-    """Log-probabilities as completions show them: four columns. A prompt's first token has none."""
-    columns: dict[str, list[Any]] = {
-        "text_offset": list(offsets),
-        "token_logprobs": [],
-        "tokens": [tokenizer.token_string(id) for id in ids],
-        "top_logprobs": [],
-    }
-    for id, entry in zip(ids, entries, strict=True):
-        shown = None if entry is None else text_token(tokenizer, id, entry)
-        columns["token_logprobs"].append(None if shown is None else shown[0])
-        columns["top_logprobs"].append(None if shown is None else shown[1])
-    return columns
-
-
-def prompt_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """For every prompt token, the characters of the prompt's text before it."""
-    stream, offsets, length = detokenizer(tokenizer), [], 0
-    for id in ids:
-        offsets.append(length)
-        length += len(stream.push(id))
-    return offsets
+        return await self._piece(index, delta)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request as HttpRequest
 
+from pagedserve.api.service import in_thread_if
 from pagedserve.errors import PagedServeError, RequestError, shorten
 from pagedserve.request import (
     MAX_LOGPROBS,
@@ -26,6 +27,8 @@ Float = Annotated[float, Field(allow_inf_nan=False)]
 TokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)]
 Name = Annotated[str, Field(max_length=1024)]
 Priority = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
+
+MAX_INLINE_PARSE_BYTES = 256 << 10  # a few milliseconds of the event loop
 
 # Accepted, documented, and without effect: they concern OpenAI's own storage and billing.
 BOOKKEEPING = frozenset(
@@ -168,8 +171,14 @@ async def read_body(
             "send the body as JSON, with the header Content-Type: application/json",
             code="unsupported_media_type",
         )
+    body = await request.body()
+    return await in_thread_if(len(body) > MAX_INLINE_PARSE_BYTES, parsed, body, kind, neutral)
+
+
+def parsed(body: bytes, kind: type[Body], neutral: Mapping[str, tuple[Any, ...]]) -> Body:
+    """`body` as `kind`; see `read_body`."""
     try:
-        fields = from_json(await request.body(), cache_strings="none")
+        fields = from_json(body, cache_strings="none")
     except ValueError as error:
         raise RequestError(f"the body is no valid JSON: {error}", code="invalid_json") from error
     if not isinstance(fields, dict):

@@ -1,8 +1,10 @@
-"""Shapes that the OpenAI dialect's answers share: heads, usage, log-probabilities, errors."""
+"""Shapes that the OpenAI dialect's answers share: heads, choices, usage, errors."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +12,12 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from pagedserve.api.answer import Answer
+from pagedserve.api.answer import Answer, joined
 from pagedserve.api.service import Service
 from pagedserve.errors import NotFoundError, PagedServeError, UnavailableError, shorten
-from pagedserve.text.deltas import PositionLogprobs
-from pagedserve.text.tokenizer import Tokenizer
+from pagedserve.text.deltas import Delta
 from pagedserve.version import __version__
 
-LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 MAX_ERROR_BYTES = 4096
 RETRY_AFTER_SECONDS = "2"
 
@@ -73,32 +73,20 @@ def usage_of(answer: Answer, n: int, *, count_output: bool = True) -> dict[str, 
     }
 
 
-def text_token(
-    tokenizer: Tokenizer, id: int, entry: PositionLogprobs
-) -> tuple[float, dict[str, float]]:
-    """A token's log-probability, and by their text those of the likeliest tokens and its own."""
-    own = max(entry.logprob, LOWEST_LOGPROB)
-    tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
-    by_text = {tokenizer.token_string(top): max(value, LOWEST_LOGPROB) for top, value in tops}
-    by_text.setdefault(tokenizer.token_string(id), own)
-    return own, by_text
+async def choices_of(
+    answer: Answer, render: Callable[[int, Delta], Awaitable[dict[str, Any]]]
+) -> list[msgspec.Raw]:
+    """All choices of a whole answer, encoded; `render` gets each with its one Delta.
 
-
-def chat_token(tokenizer: Tokenizer, id: int, entry: PositionLogprobs) -> dict[str, Any]:
-    """A token's log-probability and the likeliest tokens', as chat shows them."""
-    tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
-    return one_token(tokenizer, id, entry.logprob) | {
-        "top_logprobs": [one_token(tokenizer, top, value) for top, value in tops]
-    }
-
-
-def one_token(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
-    """A token with its text, its bytes and its log-probability."""
-    return {
-        "token": tokenizer.token_string(id),
-        "logprob": max(logprob, LOWEST_LOGPROB),
-        "bytes": list(tokenizer.token_bytes(id)),
-    }
+    Others have their turn between choices, and an answer that nobody waits for any more is not
+    rendered to its end. Raises what the answer failed with.
+    """
+    rendered = []
+    for index, pieces in enumerate(await answer.collect()):
+        rendered.append(msgspec.Raw(msgspec.json.encode(await render(index, joined(pieces)))))
+        await asyncio.sleep(0)
+        answer.check()
+    return rendered
 
 
 def json_response(value: Any, status: int = 200) -> Response:

@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pagedserve.config import Config, ServerConfig, api_key_from_environment
 from pagedserve.engine.client import EngineClient
@@ -25,6 +25,7 @@ from pagedserve.errors import PagedServeError, StartupError
 
 if TYPE_CHECKING:
     import uvicorn
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from pagedserve.api.service import Service
 
@@ -83,7 +84,8 @@ class Life:
         self._watch_signals()
         service = Service(self._config, self._client)
         service.on_phase = self._report
-        server = http_server(build_app(service, key=key), self._config.server)
+        app = cancelled_quietly(build_app(service, key=key))
+        server = http_server(app, self._config.server)
         serving = asyncio.create_task(server.serve(sockets=[self._sock]))
         starting = asyncio.create_task(self._start(service))
         try:
@@ -169,27 +171,56 @@ async def until_idle(service: Service) -> None:
         await asyncio.sleep(0.05)
 
 
-def http_server(app: object, config: ServerConfig) -> uvicorn.Server:
-    """A uvicorn server that leaves signals and logging to us."""
+def cancelled_quietly(app: ASGIApp) -> ASGIApp:
+    """`app` without the traceback that a cancelled request leaves.
+
+    Only the end of the process cancels one, after its connection was cut: nobody is left to tell.
+    """
+
+    async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return outer
+
+
+def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
+    """A uvicorn server that leaves signals and logging to us, and cuts readers that stall."""
     import uvicorn
+
+    from pagedserve.api.protocol import BoundedHeads
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # A cut connection ends its request as any disconnect does; uvicorn would cancel it.
+            wait = 0 if self.force_exit else CLOSE_SECONDS
+            cutting = asyncio.get_running_loop().call_later(wait, self._cut_connections)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                cutting.cancel()
+
+        def _cut_connections(self) -> None:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+
     if config.access_log:
         show_access_log()
     return Server(
         uvicorn.Config(
-            app,  # type: ignore[arg-type]
+            app,
+            http=BoundedHeads,
             log_config=None,
             access_log=config.access_log,
             lifespan="off",
             ws="none",
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=CLOSE_SECONDS,
+            timeout_graceful_shutdown=CLOSE_SECONDS + 1,  # after our own cut
         )
     )
 
@@ -206,12 +237,13 @@ def show_access_log() -> None:
 
 def listen(config: ServerConfig, key: str | None) -> socket.socket:
     """The listening socket. Connections wait in it until the application is imported."""
-    check_binding(config, key)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    address = resolved(config.host, config.port, family)
+    check_binding(config, key)
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((config.host, config.port))
+        sock.bind(address)
     except OSError as error:
         sock.close()
         raise StartupError(
@@ -220,6 +252,17 @@ def listen(config: ServerConfig, key: str | None) -> socket.socket:
         ) from error
     sock.listen(BACKLOG)
     return sock
+
+
+def resolved(host: str, port: int, family: socket.AddressFamily) -> Any:
+    """`host` and `port` as `bind` takes them. Raises StartupError for a name that is none."""
+    try:
+        return socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(
+            f"--host {host} cannot be resolved: {reason}; give an address of this machine"
+        ) from error
 
 
 def check_binding(config: ServerConfig, key: str | None) -> None:

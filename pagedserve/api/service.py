@@ -1,7 +1,8 @@
 """What all routes share: the engine client, the tokenizer, the phase, and the answers under way.
 
 The service starts in the background while the port already answers, and says at any time whether it
-takes requests and why not. It belongs to the event loop's thread.
+takes requests and why not. It belongs to the event loop's thread; only the checks of a request may
+be called from others: they read.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ log = logging.getLogger("pagedserve")
 T = TypeVar("T")
 
 MAX_SEQUENCES = 1024  # of one HTTP request: prompts times n
-INLINE_CHARS = 4096  # text up to here is tokenised faster than a thread is reached
+INLINE_BYTES = 4096  # the text of bodies up to here is tokenised faster than a thread is reached
 
 
 class Service:
@@ -166,10 +167,8 @@ class Service:
 
     # -- requests --------------------------------------------------------------------------------
 
-    async def encode(
-        self, texts: list[str], *, param: str, add_special_tokens: bool
-    ) -> list[list[int]]:
-        """Token ids of `texts`; much text in a thread. Refuses what cannot fit before the work."""
+    def check_chars(self, texts: list[str], *, param: str) -> None:
+        """Raise ContextLengthExceeded where one of `texts` cannot fit, before any is tokenised."""
         ready, tokenizer = self.check_available(), self.tokenizer
         assert tokenizer is not None
         # Twice, because a normaliser may shorten text; nothing in use shortens it more.
@@ -182,12 +181,10 @@ class Service:
                 param=param,
             )
 
-        def encode_all() -> list[list[int]]:
-            return [tokenizer.encode(text, add_special_tokens) for text in texts]
-
-        if sum(map(len, texts)) <= INLINE_CHARS:
-            return encode_all()
-        return await asyncio.to_thread(encode_all)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. May run in a thread."""
+        assert self.tokenizer is not None
+        return self.tokenizer.encode(text, add_special_tokens)
 
     def check(self, prompt: list[int], params: SamplingParams, *, param: str) -> SamplingParams:
         """`params` settled for `prompt`. Raises RequestError where either is unfit."""
@@ -210,11 +207,6 @@ class Service:
         same text whatever the other prompts are.
         """
         self.check_available()
-        total = sum(wanted.n for wanted in params)
-        if total > MAX_SEQUENCES:
-            raise RequestError(
-                f"prompts times n is {total}; at most {MAX_SEQUENCES} are allowed", param="n"
-            )
         answer = Answer(self.client, self.metrics, self.answers.discard)
         requests: list[Request] = []
         for prompt, wanted in zip(prompts, params, strict=True):
@@ -232,6 +224,22 @@ class Service:
             answer.close()
             raise
         return answer
+
+
+def check_num_sequences(total: int) -> None:
+    """Raise RequestError for a request of too many sequences."""
+    if total > MAX_SEQUENCES:
+        raise RequestError(
+            f"prompts times n is {total}; at most {MAX_SEQUENCES} are allowed", param="n"
+        )
+
+
+async def in_thread_if(large: bool, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`: much work in a thread, so that the event loop goes on.
+
+    A client that leaves meanwhile is noticed when the result is there.
+    """
+    return await asyncio.to_thread(function, *args) if large else function(*args)
 
 
 async def in_daemon_thread(function: Callable[..., T], *args: Any) -> T:

@@ -2,14 +2,17 @@
 
 The room knows processes and messages; it knows no HTTP, no text and no torch. The same client
 serves the asyncio server (which watches `fileno()` and calls `poll()`) and the offline `LLM` (which
-calls `poll(timeout)` in a loop). It belongs to one thread.
+calls `poll(timeout)` in a loop). It belongs to one thread, and to the process that made it: a fork
+of that process shares the socket, and must neither read nor write it.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -59,7 +62,7 @@ class EngineClient:
     """A running (or starting, or dead) engine process."""
 
     def __init__(self, module: str = "pagedserve.engine.process") -> None:
-        """Start `python -m module FD`; tests give a toy engine's module."""
+        """Start `python -m module FD PARENT`; tests give a toy engine's module."""
         self.phase = "starting"
         self.phases: list[Progress] = []
         self.ready: Ready | None = None
@@ -71,10 +74,11 @@ class EngineClient:
         self.on_progress: Callable[[Progress | Ready], None] = lambda message: None
         self._sinks: dict[int, Sink] = {}
         self._next_id = 0
+        self._owner = os.getpid()
         self._channel, theirs = Channel.pair()
         # A session of its own: Ctrl-C in the terminal reaches the API process only, which drains.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno())],
+            [sys.executable, "-m", module, str(theirs.fileno()), str(lasting_parent())],
             pass_fds=[theirs.fileno()],
             start_new_session=True,
         )
@@ -118,9 +122,15 @@ class EngineClient:
         Raises UnavailableError when the engine is not ready or is dead.
         """
         self.check_available()
+        # Before they are sent: if the engine turns out to be dead, the sinks are told.
         for request, sink in zip(requests, sinks, strict=True):
             self._sinks[request.id] = sink
-        self._send(Submit(requests))
+        try:
+            self._send(Submit(requests))
+        except BaseException:  # nothing was sent, so nothing would ever end them
+            for request in requests:
+                self._sinks.pop(request.id, None)
+            raise
 
     def next_id(self) -> int:
         """A request id not used before."""
@@ -128,7 +138,12 @@ class EngineClient:
         return self._next_id
 
     def abort(self, ids: list[int]) -> None:
-        """Forget these requests, here at once and in the engine within a step. Idempotent."""
+        """Forget these requests, here at once and in the engine within a step. Idempotent.
+
+        In a fork nothing happens: what it left behind is not its own.
+        """
+        if not self._owned:
+            return
         known = [id for id in ids if self._sinks.pop(id, None) is not None]
         if known and self.cause_of_death is None:
             self._send(Abort(known))
@@ -139,13 +154,18 @@ class EngineClient:
 
     def check_available(self) -> None:
         """Raise UnavailableError with the phase or the cause of death unless the engine serves."""
+        self._check_owner()
         if self.cause_of_death is not None:
             raise UnavailableError(f"the engine is dead: {self.cause_of_death}", code="engine_dead")
         if self.ready is None:
             raise UnavailableError(f"the model is loading: {self.phase}", code="loading")
 
     def poll(self, timeout: float | None = 0.0) -> None:
-        """Take in what the engine sent and call the sinks; wait up to `timeout` s for something."""
+        """Take in what the engine sent and call the sinks; wait up to `timeout` s for something.
+
+        Raises UnavailableError in a fork: what it read would be lost to its parent.
+        """
+        self._check_owner()
         if self.cause_of_death is not None:
             return
         try:
@@ -155,7 +175,14 @@ class EngineClient:
             self._died(self._exit_cause())
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop the engine: politely, then after `timeout` seconds for certain."""
+        """Stop the engine: politely, then after `timeout` seconds for certain.
+
+        In a fork only its own copy of the socket is closed: finalizers run there too, and the
+        engine is its parent's.
+        """
+        if not self._owned:
+            self._channel.close()
+            return
         if self.cause_of_death is None:
             self._send(Control("shutdown"))
         self._channel.close()
@@ -167,7 +194,20 @@ class EngineClient:
         if self.cause_of_death is None:
             self.cause_of_death = "shut down"
 
+    @property
+    def _owned(self) -> bool:
+        return os.getpid() == self._owner
+
+    def _check_owner(self) -> None:
+        if not self._owned:
+            raise UnavailableError(
+                f"this engine belongs to process {self._owner}, from which process {os.getpid()} "
+                "was forked; start another engine here, or fork before the engine is started",
+                code="forked",
+            )
+
     def _send(self, message: Any) -> None:
+        self._check_owner()
         try:
             self._channel.send(message)
         except ChannelClosed:
@@ -232,3 +272,12 @@ class EngineClient:
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink.failed(UnavailableError(f"the engine died: {cause}", code="engine_dead"))
+
+
+def lasting_parent() -> int:
+    """This process's id, where an engine started now may be tied to its life; else 0.
+
+    Linux ties a child to the *thread* that forked it. Only the main one (whose id is the process's)
+    is sure to last as long as the process: an `LLM` made in a thread of a pool outlives the thread.
+    """
+    return os.getpid() if threading.get_native_id() == os.getpid() else 0

@@ -1,4 +1,4 @@
-"""The engine process: `python -m pagedserve.engine.process FD`.
+"""The engine process: `python -m pagedserve.engine.process FD PARENT`.
 
 Reads the configuration from the channel, has the executor load the model, reports every phase on
 the way, runs the loop, and when it must die says why, once.
@@ -6,12 +6,15 @@ the way, runs the loop, and when it must die says why, once.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from typing import TYPE_CHECKING
 
 from pagedserve.config import Config
 from pagedserve.engine.block_pool import BlockPool
@@ -26,14 +29,23 @@ from pagedserve.engine.channel import (
 )
 from pagedserve.engine.loop import Engine
 from pagedserve.engine.scheduler import Scheduler
-from pagedserve.errors import PagedServeError, shorten
+from pagedserve.errors import PagedServeError, StartupError, shorten
 from pagedserve.kernels import extension
 
+if TYPE_CHECKING:
+    from pagedserve.executor.local import LocalExecutor
+
 STARTED = time.monotonic()
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def main(fd: int) -> int:
-    """Serve the channel on file descriptor `fd`; the exit status."""
+def main(fd: int, parent: int = 0) -> int:
+    """Serve the channel on file descriptor `fd`; the exit status.
+
+    `parent`: process whose death also kills this one (0: none, the closed channel ends it).
+    """
+    if parent and not die_with(parent):
+        return 0
     # The API process owns Ctrl-C: it drains, then tells us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=fd))
@@ -55,12 +67,11 @@ def serve(channel: Channel) -> None:
     # A first start compiles the CPU's kernels: on another core, while torch is imported here.
     threading.Thread(target=extension.load, daemon=True).start()
     # Imported while the API process still resolves the model: the two take about as long.
-    from pagedserve.executor import local
-
+    executor_class = import_executor()
     config = receive_config(channel)
     if config is None:
         return
-    executor = local.LocalExecutor(config, lambda phase, detail: report(channel, phase, detail))
+    executor = executor_class(config, lambda phase, detail: report(channel, phase, detail))
     info = executor.start()
     scheduler = Scheduler(
         BlockPool(info.num_blocks, caching=config.cache.enable_prefix_caching),
@@ -90,6 +101,31 @@ def serve(channel: Channel) -> None:
         executor.stop()
 
 
+def die_with(parent: int) -> bool:
+    """Have the kernel kill this process when `parent` dies; False if it is dead already.
+
+    The closed channel tells us too, but only while we run: a stopped engine would stay for ever and
+    hold its memory. The signal comes when the *thread* that forked us ends, so `parent` is given
+    only where that was the main thread (`client.lasting_parent`).
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # After the call: a parent that died before it sends no signal any more.
+    return os.getppid() == parent
+
+
+def import_executor() -> type[LocalExecutor]:
+    """The executor, and with it torch. Raises StartupError where torch is missing or broken."""
+    try:
+        from pagedserve.executor.local import LocalExecutor
+    except (ImportError, OSError) as error:  # OSError: a shared library that cannot be loaded
+        if "torch" in sys.modules:  # it is there, so something else is not
+            raise
+        reason = " ".join(str(error).split())
+        raise StartupError(f"torch cannot be imported: {reason}; install torch>=2.11") from error
+    return LocalExecutor
+
+
 def receive_config(channel: Channel) -> Config | None:
     """Wait for the configuration; None when told to stop before it came."""
     while True:
@@ -116,4 +152,4 @@ def report_death(channel: Channel, error: Exception) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -1,7 +1,8 @@
 """config.json and generation_config.json, in one form whatever transformers wrote them.
 
 Version 4 writes `rope_theta`, `rope_scaling`, `torch_dtype`; version 5 `rope_parameters`, `dtype`.
-What is read here always has `rope_parameters` with `rope_type` and `rope_theta`.
+What is read here always has `rope_parameters` with `rope_type` and `rope_theta`. The room knows no
+architecture: which other values there must be is `architectures.values`' to say.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pagedserve.errors import StartupError
+from pagedserve.errors import StartupError, shorten
 
 DEFAULT_ROPE_THETA = 10000.0
 DTYPES = ("float32", "bfloat16", "float16")
@@ -20,19 +21,33 @@ def read(directory: Path) -> dict[str, Any]:
     """The model's config.json. Raises StartupError where there is none that can be served."""
     config = read_json(directory / "config.json")
     if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unnamed")
+        found = config["quantization_config"]
+        method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
         raise StartupError(f"{directory}: quantised checkpoints ({method}) are not supported")
     config["rope_parameters"] = rope_parameters(config)
     return config
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Of any version, with `rope_type` and `rope_theta` filled in."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found["rope_type"] = found.pop("type", None) or found.get("rope_type") or "default"
+    """Of any version, with `rope_type` and `rope_theta` filled in; as transformers 5 reads them.
+
+    Where a file has both, `rope_scaling` wins, also over the `rope_theta` of the other; `rope_type`
+    wins over its older name `type`. Raises StartupError for what is no flat object.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    given = config.get(name) or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise StartupError(f"config.json: {name} must be one flat object, for all layers")
+    found = dict(given)
+    older = found.pop("type", None)
+    found["rope_type"] = found.get("rope_type") or older or "default"
+    if not isinstance(found["rope_type"], str):
+        raise StartupError(f"config.json: rope type {found['rope_type']!r} is not supported")
     found.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_ROPE_THETA)
-    if "partial_rotary_factor" in config:
+    if config.get("partial_rotary_factor") is not None:
         found.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    if found["rope_type"] != "default" and "max_position_embeddings" in config:
+        found.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     return found
 
 
@@ -43,15 +58,27 @@ def dtype_name(config: dict[str, Any]) -> str | None:
 
 
 def eos_token_ids(directory: Path, config: dict[str, Any]) -> list[int]:
-    """Tokens that end an answer: those of generation_config.json, else of config.json."""
+    """Tokens that end an answer: those of generation_config.json, else of config.json.
+
+    Raises StartupError naming the file in which they are no token ids.
+    """
     path = directory / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    found = generation.get("eos_token_id")
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
     if found is None:
-        found = config.get("eos_token_id")
+        path, found = directory / "config.json", config.get("eos_token_id")
     if found is None:
         return []
-    return [int(token) for token in found] if isinstance(found, list) else [int(found)]
+    tokens = found if isinstance(found, list) else [found]
+    if not all(type(token) is int for token in tokens):
+        raise StartupError(
+            f"{path}: eos_token_id must be a token id or a list of them, got {shown(found)}"
+        )
+    return tokens
+
+
+def shown(value: Any) -> str:
+    """A value of a file as it stands there, cut."""
+    return shorten(json.dumps(value), 64)
 
 
 def read_json(path: Path) -> dict[str, Any]:

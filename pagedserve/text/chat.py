@@ -192,25 +192,43 @@ def find_template(directory: str | Path, override: str | None = None) -> str | N
 
     In order: the file `override`; `chat_template.jinja`; `chat_template.json`; `chat_template` in
     `tokenizer_config.json`. Of several named templates the one called "default" is taken. Raises
-    StartupError when `override` cannot be read.
+    StartupError naming the file that cannot be read.
     """
     if override is not None:
-        try:
-            return Path(override).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise StartupError(f"the chat template cannot be read: {error}") from error
+        return read_template(Path(override))
     where = Path(directory)
     if (where / "chat_template.jinja").is_file():
-        return (where / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_template(where / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = read_json(where / name).get("chat_template")
         if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}
+            template = named_templates(template, where / name)
         if isinstance(template, dict):
             template = template.get("default")
         if isinstance(template, str):
             return template
     return None
+
+
+def read_template(path: Path) -> str:
+    """The text of a template's file. Raises StartupError naming it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 at byte {error.start}"
+    raise StartupError(f"the chat template {path} cannot be read: {reason}")
+
+
+def named_templates(entries: list[Any], path: Path) -> dict[str, Any]:
+    """Templates by name, of a list of `{"name": …, "template": …}`. Raises StartupError."""
+    try:
+        return {entry["name"]: entry["template"] for entry in entries}
+    except (TypeError, KeyError) as error:
+        raise StartupError(
+            f"chat_template in {path} must be a list of objects with name and template"
+        ) from error
 
 
 def load_text(

@@ -15,7 +15,7 @@ import msgspec
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from pagedserve.errors import StartupError
+from pagedserve.errors import RequestError, StartupError
 from pagedserve.text.pieces import PieceTable
 
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -77,11 +77,27 @@ class Tokenizer:
             raise StartupError(f"{file} cannot be read: {error}") from error
         config = read_json(directory / "special_tokens_map.json")
         config.update(read_json(directory / "tokenizer_config.json"))
-        return cls(backend, config)
+        try:
+            return cls(backend, config)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise StartupError(
+                f"{directory / 'tokenizer_config.json'} holds a value of the wrong type: {error}"
+            ) from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; with `add_special_tokens` also what the model expects around it."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of `text`; with `add_special_tokens` also what the model expects around it.
+
+        Lets other threads run meanwhile. Raises RequestError for half of a surrogate pair, which a
+        str may hold and no text does.
+        """
+        try:
+            # The library's `encode` keeps the interpreter's lock, `encode_batch` gives it up.
+            (encoded,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError) as error:  # all that the library says
+            raise RequestError(
+                f"the text cannot be encoded as UTF-8: {half_pair(text)}", param="prompt"
+            ) from error
+        ids: list[int] = encoded.ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -102,6 +118,15 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
 
 
+def half_pair(text: str) -> str:
+    """Where `text` holds a surrogate without its other half."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"{error.reason} at character {error.start}"
+    raise AssertionError(f"a tokenizer refused a text of {len(text)} characters")
+
+
 def clean_up(text: str) -> str:
     """`text` without the spaces that word-piece tokenizers put before punctuation."""
     for found, written in CLEANED:
@@ -115,6 +140,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read: {error.strerror}") from error
     except msgspec.DecodeError as error:
         raise StartupError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(value, dict):

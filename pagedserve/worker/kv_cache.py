@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagedserve.errors import StartupError
 from pagedserve.spec import DecoderSpec
 
 
@@ -34,13 +35,27 @@ def block_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
 def allocate(
     spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """One view [num_blocks, 2, block_size, num_kv_heads, head_dim] per layer, of one tensor."""
+    """One view [num_blocks, 2, block_size, num_kv_heads, head_dim] per layer, of one tensor.
+
+    Raises StartupError, with what was asked for, where there is not so much memory.
+    """
     shape = (num_blocks, len(spec.layers), 2, *layer_shape(spec, block_size))
+    try:
+        return list(zeros(shape, dtype, device).unbind(1))
+    # No memory, or a size that is none: of numpy the first two, of torch the last two.
+    except (MemoryError, ValueError, RuntimeError, TypeError) as error:
+        size = num_blocks * block_bytes(spec, block_size, dtype) / (1 << 30)
+        raise StartupError(
+            f"no memory for a KV cache of {num_blocks} blocks, {size:.1f} GiB on {device}; lower "
+            "--num-gpu-blocks-override or --kv-cache-memory-bytes"
+        ) from error
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take no time on a CPU."""
     if device.type == "cpu":
         # numpy asks the system for zero pages, which cost nothing until they are written; torch
         # writes every zero, seconds for a cache of gigabytes.
         pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-        cache = torch.from_numpy(pages).view(dtype).view(shape)
-    else:
-        cache = torch.zeros(shape, dtype=dtype, device=device)
-    return list(cache.unbind(1))
+        return torch.from_numpy(pages).view(dtype).view(shape)
+    return torch.zeros(shape, dtype=dtype, device=device)

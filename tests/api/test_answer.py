@@ -59,7 +59,7 @@ class Plain:
     def begin(self) -> bytes:
         return b"begin\n"
 
-    def delta(self, index: int, delta: Delta) -> bytes:
+    async def delta(self, index: int, delta: Delta) -> bytes:
         return f"{index}:{delta.text}\n".encode()
 
     def end(self) -> bytes:

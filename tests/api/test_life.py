@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,15 +11,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 
-from pagedserve.api.server import check_binding, is_loopback
-from pagedserve.config import ServerConfig
+from pagedserve.api.server import Life, cancelled_quietly, check_binding, is_loopback
+from pagedserve.config import Config, ServerConfig
+from pagedserve.engine.client import EngineClient
 from pagedserve.errors import StartupError
 from tests.api.serving import ROOT, Server
+from tests.api.test_disconnect import post
 
 SLOW, DIE = 6663, 6661
 
@@ -113,6 +116,33 @@ def test_a_second_signal_stops_at_once(start: Any) -> None:
     stream.join()
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_reader_that_stalls_is_cut_without_a_traceback(signals: int, start: Any) -> None:
+    server = start(shutdown_timeout=0.2).until_ready()
+    body = {"prompt": "x" * 40, "max_tokens": 2000, "logprobs": 20, "stream": True, "n": 8}
+    with post(server, "/v1/completions", body):  # megabytes, and nobody reads them
+        while server.metric("request_success_total", finished_reason="length") < 8:
+            time.sleep(0.02)
+        for _ in range(signals):
+            server.signal(signal.SIGTERM)
+            time.sleep(0.1)
+        assert server.exit_status() == (130 if signals == 2 else 0)
+    assert "Traceback" not in server.output and "Cancel" not in server.output
+
+
+def test_a_request_that_is_cancelled_at_the_end_is_no_error() -> None:
+    async def works_on(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def run() -> None:
+        request = asyncio.create_task(cancelled_quietly(works_on)({}, None, None))  # type: ignore
+        await asyncio.sleep(0)
+        request.cancel()
+        await request
+
+    asyncio.run(run())
+
+
 def test_engine_death_is_told_in_band_and_exits_1(start: Any) -> None:
     server = start().until_ready()
     victim = Stream(server, max_tokens=2000)
@@ -175,6 +205,39 @@ def test_a_port_in_use_is_named(start: Any) -> None:
     )
     assert code.returncode == 1
     assert f"port {port}" in code.stdout and "--port" in code.stdout
+
+
+def test_a_host_that_is_no_name_is_named(start: Any) -> None:
+    for host in ("nope.invalid", "x" * 70 + ".invalid"):
+        options = json.dumps({"port": 0, "host": host})
+        run = subprocess.run(
+            [sys.executable, "-m", "tests.api.serving", options],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 1
+        assert f"--host {host} cannot be resolved" in run.stdout
+        assert "API key" not in run.stdout and "Traceback" not in run.stderr
+
+
+def test_a_phase_is_told_at_once_and_its_details_once_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr("pagedserve.api.server.time.monotonic", lambda: now[0])
+    life = Life(Config(), cast(EngineClient, None), cast(Any, None), said.append, 0.0)
+    life._report("import torch")
+    for percent in range(10, 101, 10):  # in 2.5 s
+        life._report("load weights", f"{percent} %")
+        now[0] += 0.25
+    life._report("warm up")
+    life._report("ready")
+    assert [line.split("s  ")[1] for line in said] == [
+        "import torch", "load weights 10 %", "load weights 50 %", "load weights 90 %", "warm up",
+        "ready",
+    ]  # fmt: skip
 
 
 def test_the_terminal_shows_phases_and_last_a_line_to_try(start: Any) -> None:

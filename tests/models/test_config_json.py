@@ -58,9 +58,78 @@ def test_rope_that_says_nothing_is_plain(tmp_path: Path) -> None:
     assert rope is not None and (rope.theta, rope.dim, rope.scaling) == (10000.0, 16, {})
 
 
+BOTH_NAMES = {"rope_type": "linear", "type": "default", "factor": 2.0}
+OLD = {"type": "linear", "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns of keys that have no effect
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": OLD},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            "rope_scaling": OLD,
+            "rope_theta": 7.0,
+        },
+        {"rope_parameters": {**OLD, "rope_theta": 5e5}, "rope_scaling": None},
+        {"rope_parameters": {**OLD, "rope_theta": 5e5}, "rope_scaling": {}, "rope_theta": 7.0},
+        {"rope_parameters": OLD, "rope_theta": 7.0},
+        {"rope_parameters": None, "rope_scaling": {**OLD, "rope_theta": 9.0}, "rope_theta": 7.0},
+        {"rope_scaling": BOTH_NAMES},
+        {"rope_scaling": {"factor": 2.0}},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
+        {"partial_rotary_factor": 0.5, "rope_scaling": OLD},
+    ],
+)
+def test_rope_is_read_as_transformers_reads_it(fields: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    write(tmp_path, {**LLAMA, "model_type": "llama", **fields})
+    theirs = dict(AutoConfig.from_pretrained(tmp_path).rope_parameters)
+    theirs.pop("type", None)
+    ours = config_json.read(tmp_path)["rope_parameters"]
+    used = {"rope_type", "rope_theta", "partial_rotary_factor", *LLAMA3}
+    if theirs["rope_type"] == "llama3":
+        used.add("original_max_position_embeddings")
+    assert {k: v for k, v in ours.items() if k in used} == theirs
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("value", ["linear", [1], {"full_attention": {"rope_type": "default"}}])
+def test_rope_that_is_no_flat_object_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=f"config.json: {name} must be one flat object"):
+        spec(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"type": "linear"}, "factor must be a positive number, got null"),
+        ({"type": "linear", "factor": "2"}, 'factor must be a positive number, got "2"'),
+        ({"type": "linear", "factor": 0}, "factor must be a positive number, got 0"),
+        ({**LLAMA3, "low_freq_factor": None}, "low_freq_factor must be"),
+        ({"rope_theta": "x"}, "rope_theta must be a positive number"),
+        ({"type": ["linear"]}, r"rope type \['linear'\] is not supported"),
+    ],
+)
+def test_a_wrong_number_of_rope_is_named(rope: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=f"config.json.*{message}"):
+        spec(tmp_path, rope_scaling=rope)
+
+
 def test_a_rope_type_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": "longrope", "factor": 4.0}})
     with pytest.raises(StartupError, match="'longrope' is not supported.*linear, llama3"):
+        load_model(tmp_path, device=pick("cpu"), load_format="dummy")
+
+
+def test_an_older_name_of_an_unknown_rope_type_is_refused_by_it_too(tmp_path: Path) -> None:
+    both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "su"}}
+    write(tmp_path, {**LLAMA, **both})
+    with pytest.raises(StartupError, match="'su' is not supported"):
         load_model(tmp_path, device=pick("cpu"), load_format="dummy")
 
 
@@ -75,6 +144,43 @@ def test_an_architecture_that_is_not_known_lists_those_that_are(tmp_path: Path) 
 def test_a_key_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="lacks 'hidden_size'"):
         spec(tmp_path, hidden_size=...)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "x"),
+        ("hidden_size", 64.0),
+        ("hidden_size", True),
+        ("hidden_size", None),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", -1),
+        ("vocab_size", [256]),
+        ("head_dim", {}),
+        ("rms_norm_eps", "1e-5"),
+        ("rms_norm_eps", float("nan")),
+        ("tie_word_embeddings", "false"),
+        ("sliding_window", "8"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=f"config.json of LlamaForCausalLM: {key} must be"):
+        spec(tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize("fields", [{"layer_types": ["x"]}, {"layer_types": 5}])
+def test_a_value_that_a_family_cannot_read_is_an_error_of_the_file(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    family = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
+    with pytest.raises(StartupError, match="config.json of Qwen2ForCausalLM cannot be read"):
+        spec(tmp_path, **family, **fields)
+
+
+@pytest.mark.parametrize("names", ["LlamaForCausalLM", [5], 5])
+def test_architectures_must_be_names(names: Any, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="architectures must be a list of class names"):
+        spec(tmp_path, architectures=names)
 
 
 def test_an_activation_that_is_not_known_is_named(tmp_path: Path) -> None:
@@ -131,6 +237,15 @@ def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> Non
     assert config_json.eos_token_ids(tmp_path, {"eos_token_id": 2}) == [2]
     write(tmp_path, {"eos_token_id": [7, 8]}, "generation_config.json")
     assert config_json.eos_token_ids(tmp_path, {"eos_token_id": 2}) == [7, 8]
+
+
+@pytest.mark.parametrize("value", ["x", "2", [2, "x"], 2.0, True, {}])
+def test_an_end_token_that_is_none_names_its_file(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"/config\.json: eos_token_id must be"):
+        config_json.eos_token_ids(tmp_path, {"eos_token_id": value})
+    write(tmp_path, {"eos_token_id": value}, "generation_config.json")
+    with pytest.raises(StartupError, match=r"/generation_config\.json: eos_token_id must be"):
+        config_json.eos_token_ids(tmp_path, {"eos_token_id": 2})
 
 
 class SixteenBits(Cpu):

@@ -90,6 +90,23 @@ def test_templates_are_found_in_the_order_of_transformers(tmp_path: Path) -> Non
         find_template(tmp_path, str(tmp_path / "none"))
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "mine"])
+def test_a_template_that_is_not_utf_8_names_its_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"ok \xff")
+    override = str(tmp_path / name) if name == "mine" else None
+    with pytest.raises(StartupError, match=f"{name} cannot be read: it is not UTF-8 at byte 3"):
+        find_template(tmp_path, override)
+
+
+@pytest.mark.parametrize("entries", [[5], [{"name": "default"}], [{"template": "x"}]])
+def test_named_templates_without_name_or_template_are_refused(
+    entries: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries}))
+    with pytest.raises(StartupError, match="chat_template in .*tokenizer_config.json must be"):
+        find_template(tmp_path)
+
+
 def test_another_directory_can_give_the_tokenizer(tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", byte_level())
     tokenizer, template = load_text(tmp_path, tokenizer=str(other))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedserve.errors import StartupError
+from pagedserve.errors import RequestError, StartupError
 from pagedserve.text.tokenizer import Tokenizer
 from tests.text.building import (
     BOS,
@@ -74,6 +74,18 @@ def test_a_broken_file_is_named(file: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text("{broken")
     with pytest.raises(StartupError, match=file):
         Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [[5], {"x": {"content": "a"}}, 5])
+def test_a_config_of_the_wrong_types_is_named(tokens: Any, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, byte_level(), added_tokens_decoder=tokens)
+    with pytest.raises(StartupError, match="tokenizer_config.json holds a value of the wrong type"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    with pytest.raises(RequestError, match="surrogates not allowed at character 2"):
+        Tokenizer(byte_level()).encode("ab\ud800")
 
 
 def test_tokens_are_shown_as_text_or_as_their_bytes() -> None:

@@ -1,0 +1,100 @@
+"""Which values the keys of a config.json may have, so that a wrong one is refused by its name.
+
+A key is checked where it stands; whether it must stand there is for the family's function to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pagedserve.errors import StartupError
+from pagedserve.models.config_json import shown
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "n_embd",
+    "n_inner",
+    "n_layer",
+    "n_head",
+    "n_positions",
+)
+COUNTS = ("sliding_window", "max_window_layers")  # of layers that may not slide at all
+NUMBERS = ("rms_norm_eps", "layer_norm_epsilon")
+FLAGS = (
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "add_cross_attention",
+)
+# null there is as good as leaving it out, or says that there is none
+MAY_BE_NULL = frozenset(("num_key_value_heads", "head_dim", "n_inner", *COUNTS, *FLAGS))
+# What each rope type reads; one that is not here is refused by the layer that would compute it.
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+def check_values(config: Mapping[str, Any], where: str) -> None:
+    """Raise StartupError, beginning with `where`, for the first value of the wrong type."""
+    for keys, is_right, words in (
+        (SIZES, is_size, "a positive integer"),
+        (COUNTS, is_integer, "an integer"),
+        (NUMBERS, is_number, "a number"),
+        (FLAGS, is_flag, "true or false"),
+    ):
+        for key in keys:
+            if key in config and not (config[key] is None and key in MAY_BE_NULL):
+                check(key, config[key], where, is_right, words)
+    check_rope(config.get("rope_parameters") or {}, where)
+
+
+def check_rope(rope: Mapping[str, Any], where: str) -> None:
+    """The same for `rope_parameters`, of which its type says what must be there."""
+    needed = ROPE_NUMBERS.get(rope.get("rope_type", "default"), ())
+    for key in ("rope_theta", "partial_rotary_factor", *needed):
+        if key in rope or key in needed:
+            check(key, rope.get(key), f"{where}: rope", is_positive, "a positive number")
+
+
+def check(key: str, value: Any, where: str, is_right: Callable[[Any], bool], words: str) -> None:
+    """Raise StartupError unless `is_right(value)`; `words`: what is."""
+    if not is_right(value):
+        raise StartupError(f"{where}: {key} must be {words}, got {shown(value)}")
+
+
+def is_integer(value: Any) -> bool:
+    return type(value) is int
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_positive(value: Any) -> bool:
+    return is_number(value) and bool(value > 0)
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
