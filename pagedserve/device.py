@@ -126,7 +126,9 @@ class Cuda:
         self.name = torch.cuda.get_device_name(self.torch)
 
     def prepare(self) -> None:
-        return None
+        # cuDNN's attention takes some strided bfloat16 prefills and then fails to execute them
+        # (torch 2.11, H200); torch's other forms compute the same.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def memory(self) -> Memory:
         free, total = torch.cuda.mem_get_info(self.torch)
