@@ -134,12 +134,12 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write")
-    parser.add_argument("--seconds", type=float, default=330, help="wall clock for everything")
+    parser.add_argument("--seconds", type=float, default=400, help="wall clock for everything")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--intermediate", type=int, default=0, help="default: 2.75 x hidden")
-    parser.add_argument("--kv-heads", type=int, default=0, help="default: half of the heads")
+    parser.add_argument("--kv-heads", type=int, default=0, help="default: a quarter of the heads")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--tokens", type=int, default=0, help="corpus size; default by device")
     parser.add_argument("--batch-tokens", type=int, default=0, help="default by device")
@@ -161,7 +161,7 @@ def model_config(args: argparse.Namespace, tokenizer: tokenizers.Tokenizer) -> L
         intermediate_size=args.intermediate or args.hidden * 11 // 4,
         num_hidden_layers=args.layers,
         num_attention_heads=num_heads,
-        num_key_value_heads=args.kv_heads or max(1, num_heads // 2),
+        num_key_value_heads=args.kv_heads or max(1, num_heads // 4),
         head_dim=HEAD_DIM,
         max_position_embeddings=MAX_POSITIONS,
         rms_norm_eps=1e-5,
