@@ -65,10 +65,6 @@ class Device(Protocol):
         """The fastest forms of the other ops here, on tensors of `dtype`."""
         ...
 
-    def synchronize(self) -> None:
-        """Return when everything launched so far is done."""
-        ...
-
 
 class Cpu:
     """The host itself: float32, memory bounded by the machine and by its container."""
@@ -112,9 +108,6 @@ class Cpu:
         """Ours in C++, which know float32 only, where they could be compiled."""
         return cpu.load() if dtype == float32 else None
 
-    def synchronize(self) -> None:
-        return None
-
 
 class Cuda:
     """The current CUDA GPU."""
@@ -144,9 +137,6 @@ class Cuda:
 
     def ops(self, dtype: Dtype) -> Ops:
         return reference
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.torch)
 
 
 def pick(wanted: str = "auto") -> Device:

@@ -142,6 +142,10 @@ class LLM:
         # While it loads, the engine reads no orders: waiting for it would be in vain.
         self._client.close(5.0 if self._client.ready else 0.1)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prompt beginnings; what runs keeps its blocks."""
+        self._client.control("reset_prefix_cache")
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises RequestError when it was left out (`skip_tokenizer_init`)."""
         if self._tokenizer is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -40,7 +40,6 @@ class Job:
     params: list[SamplingParams]
     scoring: bool = False
     logprobs: bool = False
-    num_written: dict[int, int] = field(default_factory=dict)
 
     @property
     def n(self) -> int:

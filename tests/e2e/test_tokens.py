@@ -70,6 +70,19 @@ def test_seeded_sampling_gives_the_same_tokens_alone_and_in_any_batch() -> None:
     assert tokens[0] == tokens[1] == tokens[2]
 
 
+def test_a_reset_forgets_the_cached_prompts() -> None:
+    ask = [{"prompt_token_ids": list(range(10, 80))}], SamplingParams(temperature=0, max_tokens=1)
+    hits = []
+    with LLM() as llm:
+        for _ in range(2):
+            llm.generate(*ask)
+        hits.append(stats_when_idle(llm).prefix_hits)
+        llm.reset_prefix_cache()
+        llm.generate(*ask)
+        hits.append(stats_when_idle(llm).prefix_hits)
+    assert hits == [64, 64]
+
+
 def test_a_request_without_a_seed_is_repeatable_by_the_engine_s() -> None:
     runs = []
     for _ in range(2):
