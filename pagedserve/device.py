@@ -119,8 +119,9 @@ class Cuda:
         self.name = torch.cuda.get_device_name(self.torch)
 
     def prepare(self) -> None:
-        # cuDNN's attention takes some strided bfloat16 prefills and then fails to execute them
-        # (torch 2.11, H200); torch's other forms compute the same.
+        # cuDNN's attention accepted a masked bfloat16 prefill and then failed to execute it (torch
+        # 2.11, H200; an unaligned view of the mask is suspected). It also builds a graph for every
+        # new shape, and ours never repeat. torch's other forms compute the same.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
     def memory(self) -> Memory:
