@@ -31,12 +31,15 @@ def workspace_bytes(spec: DecoderSpec, limits: Limits, itemsize: int) -> int:
     """Upper estimate of what one step allocates beside weights and cache.
 
     Activations: a handful of [tokens, hidden] and the gate and up projections are alive at a time.
+    Attention: torch may expand the keys and values of one sequence to all heads, in fp32.
     Logits: fp32, raw and processed and sorted copies for every sequence that samples.
     """
     widest = max(layer.ffn.size for layer in spec.layers)
     activations = limits.max_num_batched_tokens * (8 * spec.hidden_size + 3 * widest) * itemsize
+    heads = max(layer.attn.heads * layer.attn.head_dim for layer in spec.layers)
+    attention = 2 * limits.max_model_len * heads * 4
     logits = limits.max_num_seqs * spec.vocab_size * 4 * 6
-    return activations + logits
+    return activations + attention + logits
 
 
 def plan_blocks(
