@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pagedserve.config import Config
-from pagedserve.engine.channel import Finish, Logprobs, Progress, Ready
+from pagedserve.engine.channel import Finish, Progress, Ready
 from pagedserve.engine.client import EngineClient
 from pagedserve.errors import PagedServeError, RequestError, StartupError
 from pagedserve.request import (
@@ -32,6 +32,7 @@ from pagedserve.request import (
     choice_seed,
     plain_token_ids,
 )
+from pagedserve.step import TokenLogprobs
 from pagedserve.text.chat import NO_TEMPLATE, ChatTemplate, check_messages, load_text
 from pagedserve.text.deltas import Delta, TextStream
 from pagedserve.text.outputs import PositionTable, RequestOutput, completion, tables
@@ -47,7 +48,7 @@ class Collector:
     def __init__(self, stream: TextStream, abort: Callable[[], None]):
         self.stream = stream
         self.deltas: list[Delta] = []
-        self.prompt_entries: list[Logprobs] = []
+        self.prompt_entries: list[TokenLogprobs] = []
         self.error: PagedServeError | None = None
         self._abort = abort
 
@@ -59,10 +60,10 @@ class Collector:
     def started(self, cached_tokens: int) -> None:
         pass
 
-    def prompt_logprobs(self, entries: list[Logprobs]) -> None:
+    def prompt_logprobs(self, entries: list[TokenLogprobs]) -> None:
         self.prompt_entries += entries
 
-    def token(self, token_id: int, logprobs: Logprobs | None, finish: Finish | None) -> None:
+    def token(self, token_id: int, logprobs: TokenLogprobs | None, finish: Finish | None) -> None:
         reason, stop_token = (finish.reason, finish.stop_token) if finish else (None, None)
         delta = self.stream.push(token_id, logprobs, reason, stop_token)
         self.deltas.append(delta)

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NewType
 
+import msgspec
+
 from pagedserve.request import SamplingParams
 
 Slot = NewType("Slot", int)
@@ -59,11 +61,11 @@ class Step:
         return sum(self.counts)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities at one position: of the token there, its rank (1 = likeliest), and the top.
 
-    Natural logarithm, of the model's logits before processors and temperature.
+    Natural logarithm, of the model's logits before processors and temperature. The one form from
+    the worker over the channel to the text that shows them.
     """
 
     logprob: float

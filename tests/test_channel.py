@@ -31,7 +31,6 @@ from pagedserve.engine.channel import (
     Dead,
     Failed,
     Finish,
-    Logprobs,
     Message,
     Outputs,
     Progress,
@@ -41,6 +40,7 @@ from pagedserve.engine.channel import (
 )
 from pagedserve.engine.client import EngineClient
 from pagedserve.request import Request, SamplingParams
+from pagedserve.step import TokenLogprobs
 
 EVERY: list[Message] = [
     Configure({"model": "x", "port": 5, "seed": None, "ratio": 0.5}),
@@ -53,8 +53,8 @@ EVERY: list[Message] = [
         [1, 2],
         [5, 6],
         [Finish(1, "stop", 5)],
-        [Logprobs(-1.0, 1, [5], [-1.0]), None],
-        [(2, [Logprobs(-2.0, 3, [], [])])],
+        [TokenLogprobs(-1.0, 1, [5], [-1.0]), None],
+        [(2, [TokenLogprobs(-2.0, 3, [], [])])],
         [(1, 4)],
     ),
     Failed(1, "why"),

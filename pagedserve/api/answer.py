@@ -18,10 +18,11 @@ from typing import Any
 from starlette.types import Receive
 
 from pagedserve.api.metrics import Metrics
-from pagedserve.engine.channel import Finish, Logprobs
+from pagedserve.engine.channel import Finish
 from pagedserve.engine.client import EngineClient
 from pagedserve.errors import PagedServeError
 from pagedserve.request import FinishReason, Request
+from pagedserve.step import TokenLogprobs
 from pagedserve.text.deltas import Delta, TextStream
 
 log = logging.getLogger("pagedserve")
@@ -40,7 +41,7 @@ class LiveSequence:
         self.num_prompt = len(request.prompt_token_ids)
         self.stream = stream
         self.cached_tokens = 0
-        self.prompt_entries: list[Logprobs] = []
+        self.prompt_entries: list[TokenLogprobs] = []
         self.ended = False
         self._answer = answer
         self._last = request.arrival
@@ -48,10 +49,10 @@ class LiveSequence:
     def started(self, cached_tokens: int) -> None:
         self.cached_tokens = cached_tokens
 
-    def prompt_logprobs(self, entries: list[Logprobs]) -> None:
+    def prompt_logprobs(self, entries: list[TokenLogprobs]) -> None:
         self.prompt_entries += entries
 
-    def token(self, token_id: int, logprobs: Logprobs | None, finish: Finish | None) -> None:
+    def token(self, token_id: int, logprobs: TokenLogprobs | None, finish: Finish | None) -> None:
         reason, stop_token = (finish.reason, finish.stop_token) if finish else (None, None)
         try:
             delta = self.stream.push(token_id, logprobs, reason, stop_token)

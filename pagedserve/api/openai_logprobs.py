@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from pagedserve.text.deltas import Delta, PositionLogprobs
+from pagedserve.step import TokenLogprobs
+from pagedserve.text.deltas import Delta
 from pagedserve.text.detokenizer import detokenizer
 from pagedserve.text.tokenizer import Tokenizer
 
@@ -51,7 +52,7 @@ class Table:
     async def add(
         self,
         ids: Sequence[int],
-        entries: Sequence[PositionLogprobs | None],
+        entries: Sequence[TokenLogprobs | None],
         offsets: Iterable[int],
     ) -> None:
         """Append a row for each of `ids`; `entries` and `offsets` are parallel to them."""
@@ -63,7 +64,7 @@ class Table:
     def _add(
         self,
         ids: Sequence[int],
-        entries: Sequence[PositionLogprobs | None],
+        entries: Sequence[TokenLogprobs | None],
         offsets: list[int],
     ) -> None:
         show = self._tokenizer.token_string
@@ -108,7 +109,7 @@ def prompt_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[int]:
 
 
 def text_token(
-    tokenizer: Tokenizer, id: int, entry: PositionLogprobs
+    tokenizer: Tokenizer, id: int, entry: TokenLogprobs
 ) -> tuple[float, dict[str, float]]:
     """A token's log-probability, and by their text those of the likeliest tokens and its own."""
     own = max(entry.logprob, LOWEST_LOGPROB)
@@ -118,7 +119,7 @@ def text_token(
     return own, by_text
 
 
-def chat_token(tokenizer: Tokenizer, id: int, entry: PositionLogprobs) -> dict[str, Any]:
+def chat_token(tokenizer: Tokenizer, id: int, entry: TokenLogprobs) -> dict[str, Any]:
     """A token's log-probability and the likeliest tokens', as chat shows them."""
     tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
     return one_token(tokenizer, id, entry.logprob) | {

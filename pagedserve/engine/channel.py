@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from pagedserve.request import Request
+from pagedserve.step import TokenLogprobs
 
 HEADER = struct.Struct("<I")
 READ_BYTES = 1 << 20
@@ -78,15 +79,6 @@ class Ready(Message, frozen=True):
     seconds: float
 
 
-class Logprobs(Message, frozen=True):
-    """Log-probabilities of one position; the fields of `step.TokenLogprobs`."""
-
-    logprob: float
-    rank: int
-    top_ids: list[int]
-    top_logprobs: list[float]
-
-
 class Finish(Message, frozen=True):
     """Sequence `id` ended; `reason` is a `FinishReason`, `stop_token` the id that ended it."""
 
@@ -106,8 +98,8 @@ class Outputs(Message, frozen=True):
     ids: list[int]
     token_ids: list[int]
     finished: list[Finish] = []
-    logprobs: list[Logprobs | None] = []
-    prompt_logprobs: list[tuple[int, list[Logprobs]]] = []
+    logprobs: list[TokenLogprobs | None] = []
+    prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = []
     started: list[tuple[int, int]] = []
 
 

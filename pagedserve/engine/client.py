@@ -27,7 +27,6 @@ from pagedserve.engine.channel import (
     Dead,
     Failed,
     Finish,
-    Logprobs,
     Outputs,
     Progress,
     Ready,
@@ -36,6 +35,7 @@ from pagedserve.engine.channel import (
 )
 from pagedserve.errors import PagedServeError, UnavailableError
 from pagedserve.request import Request
+from pagedserve.step import TokenLogprobs
 
 
 class Sink(Protocol):
@@ -48,10 +48,10 @@ class Sink(Protocol):
     def started(self, cached_tokens: int) -> None:
         """The request left the queue; so many prompt tokens were in the prefix cache."""
 
-    def prompt_logprobs(self, entries: list[Logprobs]) -> None:
+    def prompt_logprobs(self, entries: list[TokenLogprobs]) -> None:
         """Log-probabilities of the next prompt tokens (the first token has none)."""
 
-    def token(self, token_id: int, logprobs: Logprobs | None, finish: Finish | None) -> None:
+    def token(self, token_id: int, logprobs: TokenLogprobs | None, finish: Finish | None) -> None:
         """The next token, and on the last one why it ended."""
 
     def failed(self, error: PagedServeError) -> None:

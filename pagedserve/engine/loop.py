@@ -16,14 +16,13 @@ from pagedserve.engine.channel import (
     Control,
     Failed,
     Finish,
-    Logprobs,
     Outputs,
     Stats,
     Submit,
 )
 from pagedserve.engine.scheduler import Committed, Scheduler
 from pagedserve.executor.base import Executor, Ticket
-from pagedserve.step import Step, TokenLogprobs
+from pagedserve.step import Step
 
 STATS_INTERVAL = 0.2  # seconds between Stats messages while tokens flow
 
@@ -99,11 +98,8 @@ class Engine:
                 ids=committed.ids,
                 token_ids=committed.token_ids,
                 finished=[Finish(id, reason, token) for id, reason, token in committed.finished],
-                logprobs=[message_of(entry) if entry else None for entry in committed.logprobs],
-                prompt_logprobs=[
-                    (id, [message_of(entry) for entry in entries])
-                    for id, entries in committed.prompt_logprobs
-                ],
+                logprobs=committed.logprobs,
+                prompt_logprobs=committed.prompt_logprobs,
                 started=committed.started,
             )
         )
@@ -124,8 +120,3 @@ class Engine:
                 steps=scheduler.num_steps,
             )
         )
-
-
-def message_of(entry: TokenLogprobs) -> Logprobs:
-    """A worker's log-probabilities as they cross the channel."""
-    return Logprobs(entry.logprob, entry.rank, entry.top_ids, entry.top_logprobs)

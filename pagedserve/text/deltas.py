@@ -7,25 +7,12 @@ The room knows no HTTP and no engine; tokens are pushed in, and the caller looks
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from pagedserve.request import FinishReason, SamplingParams
+from pagedserve.step import TokenLogprobs
 from pagedserve.text.detokenizer import Detokenizer, detokenizer
 from pagedserve.text.stops import StopMatcher
 from pagedserve.text.tokenizer import Tokenizer
-
-
-class PositionLogprobs(Protocol):
-    """Log-probabilities at one position, as the engine sends them (see `step.TokenLogprobs`)."""
-
-    @property
-    def logprob(self) -> float: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def top_ids(self) -> list[int]: ...
-    @property
-    def top_logprobs(self) -> list[float]: ...
 
 
 @dataclass(slots=True)
@@ -40,7 +27,7 @@ class Delta:
 
     text: str
     token_ids: list[int]
-    logprobs: list[PositionLogprobs]
+    logprobs: list[TokenLogprobs]
     offsets: list[int]
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -71,7 +58,7 @@ class TextStream:
     def push(
         self,
         token_id: int,
-        logprobs: PositionLogprobs | None = None,
+        logprobs: TokenLogprobs | None = None,
         finish_reason: str | None = None,
         stop_token: int | None = None,
     ) -> Delta:

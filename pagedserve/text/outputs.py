@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pagedserve.request import SamplingParams
-from pagedserve.text.deltas import Delta, PositionLogprobs
+from pagedserve.step import TokenLogprobs
+from pagedserve.text.deltas import Delta
 from pagedserve.text.tokenizer import Tokenizer
 
 
@@ -70,7 +71,7 @@ def completion(
 
 
 def tables(
-    token_ids: Sequence[int], entries: Sequence[PositionLogprobs], tokenizer: Tokenizer | None
+    token_ids: Sequence[int], entries: Sequence[TokenLogprobs], tokenizer: Tokenizer | None
 ) -> list[PositionTable]:
     """For each token, the log-probabilities at its position by token id, its own first."""
     show = tokenizer.token_string if tokenizer else lambda id: None

@@ -128,11 +128,9 @@ class Runner:
         if not rows:
             return LaunchedStep(None, [], prompt)
         places = [place[row] for row in rows]
-        if len(places) != hidden.shape[0]:
+        if len(places) != hidden.shape[0]:  # else every row is one token, in the step's order
             index = batch.query_start_loc[1:][self._rows.upload(places)[0]] - 1
             hidden = hidden[index]
-        elif order != rows:
-            hidden = hidden[self._rows.upload(places)[0]]
         slots = [step.slots[row] for row in rows]
         lengths = [step.starts[row] + step.counts[row] for row in rows]
         sampled = self._sampler.sample(self._model.decoder.logits(hidden), slots, lengths)

@@ -28,7 +28,6 @@ from pagedserve.engine.channel import (
     Dead,
     Failed,
     Finish,
-    Logprobs,
     Outputs,
     Progress,
     Ready,
@@ -36,6 +35,7 @@ from pagedserve.engine.channel import (
     Submit,
 )
 from pagedserve.request import Request
+from pagedserve.step import TokenLogprobs
 
 DIE, FAIL, SLOW, NEVER = 6661, 6662, 6663, 6664
 MAX_MODEL_LEN = 2048
@@ -136,9 +136,9 @@ class Toy:
             entries = [self.entry(token, wanted) for token in request.prompt_token_ids[1:]]
             outputs.prompt_logprobs.append((request.id, entries))
 
-    def entry(self, token: int, count: int) -> Logprobs:
+    def entry(self, token: int, count: int) -> TokenLogprobs:
         tops = [(token + at) % self.vocab_size for at in range(count)]
-        return Logprobs(-0.5, 1, tops, [-0.5 - at for at in range(count)])
+        return TokenLogprobs(-0.5, 1, tops, [-0.5 - at for at in range(count)])
 
     def send_stats(self) -> None:
         self.channel.send(
