@@ -15,6 +15,7 @@ from torch import dtype as Dtype
 
 from pagedserve.errors import StartupError
 from pagedserve.kernels import cpu, cpu_matrix, reference
+from pagedserve.kernels.experts import Experts, ExpertWeights, GroupedExperts, LoopedExperts
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
 from pagedserve.kernels.ops import Ops
 
@@ -61,6 +62,10 @@ class Device(Protocol):
         """`weight` [out, in] in the form that is multiplied by fastest here; it may be copied."""
         ...
 
+    def experts(self, weights: ExpertWeights) -> Experts:
+        """A layer's experts in the form that is fastest here; the weights may be copied."""
+        ...
+
     def ops(self, dtype: Dtype) -> Ops:
         """The fastest forms of the other ops here, on tensors of `dtype`."""
         ...
@@ -101,6 +106,9 @@ class Cpu:
             return kernels.matrix(weight)
         return cpu_matrix.pack(weight) if cpu_matrix.fits(weight) else PlainMatrix(weight)
 
+    def experts(self, weights: ExpertWeights) -> Experts:
+        return LoopedExperts.of(weights, self.matrix)
+
     def ops(self, dtype: Dtype) -> Ops:
         return self.kernels(dtype) or reference
 
@@ -135,6 +143,11 @@ class Cuda:
 
     def matrix(self, weight: Tensor) -> Matrix:
         return PlainMatrix(weight)
+
+    def experts(self, weights: ExpertWeights) -> Experts:
+        if GroupedExperts.fits(weights):
+            return GroupedExperts(weights)
+        return LoopedExperts.of(weights, self.matrix)
 
     def ops(self, dtype: Dtype) -> Ops:
         return reference

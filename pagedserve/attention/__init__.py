@@ -29,7 +29,7 @@ def choose(
     reasons = []
     for make in BACKENDS:
         backend = make(device)
-        found = (backend.supports(layer.attn, kv_dtype, block_size) for layer in spec.layers)
+        found = (backend.supports(attn, kv_dtype, block_size) for attn in spec.cached())
         reason = next((text for text in found if text), None)
         if reason is None:
             return backend

@@ -14,7 +14,7 @@ Plan = Any  # a backend's own notes on one batch; only that backend looks inside
 
 
 class AttentionBackend(Protocol):
-    """Computes attention for whole batches. Knows no model: window and scale arrive in `attn`."""
+    """Computes attention for whole batches. Knows no model: all that it may do is said by `attn`."""
 
     name: str
 
@@ -27,13 +27,27 @@ class AttentionBackend(Protocol):
         ...
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: Plan, attn: Attn
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        kv: Tensor,
+        plan: Plan,
+        attn: Attn,
+        *,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Write k and v into the cache, then attend causally, within the window.
+        """Write k and v into the cache, then attend causally, as `attn` says.
 
         q: [num_tokens, heads, head_dim]; k, v: [num_tokens, kv_heads, head_dim], any stride between
         tokens. kv: one layer's view [num_blocks, 2, block_size, kv_heads, head_dim] of the cache;
         a block's keys are contiguous, and its values. Memory of the cache that was never written
-        may hold anything, NaN included. Returns [num_tokens, heads, head_dim], contiguous.
+        may hold anything, NaN included. slopes: [heads] float32, where `attn.alibi`: slope times
+        the distance is taken from each score. sinks: [heads] float32, where `attn.sinks`. Returns
+        [num_tokens, heads, head_dim], contiguous.
+
+        Where `attn.values_in_keys`: v is None, kv [num_blocks, 1, block_size, kv_heads, head_dim],
+        and the result [num_tokens, heads, values_in_keys].
         """
         ...

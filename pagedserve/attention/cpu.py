@@ -37,6 +37,8 @@ class CpuAttention:
             return f"a cache of {kv_dtype} is not supported"
         if attn.heads % attn.kv_heads:
             return f"{attn.heads} query heads do not divide among {attn.kv_heads} key/value heads"
+        if attn.softcap or attn.alibi or attn.sinks or attn.chunk or attn.values_in_keys:
+            return "it does plain attention only"
         return None
 
     def plan(self, batch: Batch) -> CpuPlan:
@@ -45,9 +47,18 @@ class CpuAttention:
         return CpuPlan(batch.slot_mapping, rows)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: CpuPlan, attn: Attn
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        kv: Tensor,
+        plan: CpuPlan,
+        attn: Attn,
+        *,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionBackend`."""
-        assert self.kernels is not None
+        assert self.kernels is not None and v is not None
         self.kernels.kv_write(kv, plan.slot_mapping, k, v)
         return self.kernels.paged_attention(q, kv, plan.rows, scale=attn.scale, window=attn.window)

@@ -4,6 +4,9 @@ Keys and values are gathered token by token into dense memory, never block by bl
 reads its own tokens only: what lies in unwritten slots (NaN perhaps) never enters a product. Groups
 of one-token rows are attended at once, each small enough to stay in a core's own cache; rows with
 several tokens one by one, a slice of queries at a time.
+
+Plain scores are torch's own attention's; what is done to scores before their softmax (softcap,
+biases, sinks, chunks) is written out in `torch_scores.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch import Tensor
 from pagedserve.attention.batch import Batch
 from pagedserve.attention.torch_plan import (
     Layout,
+    Prefill,
+    Sight,
     TorchPlan,
     Work,
     band_for,
@@ -22,6 +27,7 @@ from pagedserve.attention.torch_plan import (
     lay_out,
     place_tokens,
 )
+from pagedserve.attention.torch_scores import Scores
 from pagedserve.device import Device
 from pagedserve.spec import Attn
 
@@ -47,34 +53,51 @@ class TorchAttention:
         return TorchPlan(batch)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, plan: TorchPlan, attn: Attn
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        kv: Tensor,
+        plan: TorchPlan,
+        attn: Attn,
+        *,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionBackend`."""
-        places = plan.places
+        layout, sight = Layout.of(kv), Sight.of(attn)
+        places = plan.places.get(layout)
         if places is None:
-            places = plan.places = place_tokens(plan.batch, Layout.of(kv))
-        cache = cache_rows(kv, places.layout)
+            places = plan.places[layout] = place_tokens(plan.batch, layout)
+        cache = cache_rows(kv, layout)
         cache.index_copy_(0, places.keys, k if k.dtype == kv.dtype else k.to(kv.dtype))
-        cache.index_copy_(0, places.values, v if v.dtype == kv.dtype else v.to(kv.dtype))
-        work = plan.work.get(attn.window)
+        if places.values is not None and v is not None:
+            cache.index_copy_(0, places.values, v if v.dtype == kv.dtype else v.to(kv.dtype))
+        work = plan.work.get((layout, sight))
         if work is None:
-            work = plan.work[attn.window] = lay_out(plan.batch, places, attn.window, cache, q.dtype)
+            work = lay_out(plan.batch, places, sight, cache, q.dtype)
+            plan.work[layout, sight] = work
+        scores = Scores(attn, sight, slopes, sinks)
         if not work.prefills:
-            return self.decode(q, cache, work, attn)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            return self.decode(q, cache, work, scores)
+        out = q.new_empty((*q.shape[:2], attn.values_in_keys or attn.head_dim))
         if work.decodes:
-            out[: work.num_decodes] = self.decode(q[: work.num_decodes], cache, work, attn)
+            out[: work.num_decodes] = self.decode(q[: work.num_decodes], cache, work, scores)
         for row in work.prefills:
             own = slice(row.first, row.first + row.count)
             if row.index is None:
-                keys, values = (t[own].transpose(0, 1)[None] for t in (k, v))
+                keys = k[own].transpose(0, 1)[None]
+                values = keys if v is None else v[own].transpose(0, 1)[None]
             else:
                 keys, values = self.gather(cache, row.index, 1, q.dtype, attn)
-            attend(q[own], keys, values, out[own], work=work, attn=attn)
+            if attn.values_in_keys:
+                values = keys[..., : attn.values_in_keys]
+            attend(q[own], keys, values, out[own], row=row, work=work, scores=scores)
         return out
 
-    def decode(self, q: Tensor, cache: Tensor, work: Work, attn: Attn) -> Tensor:
+    def decode(self, q: Tensor, cache: Tensor, work: Work, scores: Scores) -> Tensor:
         """q: [num_decodes, H, D] → the same. The heads that share keys are the query's length."""
+        attn = scores.attn
         if work.order is not None:
             q = q.index_select(0, work.order)
         q = q.view(work.num_decodes, attn.kv_heads, -1, attn.head_dim)
@@ -83,11 +106,18 @@ class TorchAttention:
             count = group.stop - group.start
             k, v = self.gather(cache, group.index, count, q.dtype, attn)
             part = q if count == work.num_decodes else q.narrow(0, group.start, count)
-            outs.append(
-                F.scaled_dot_product_attention(part, k, v, attn_mask=group.mask, scale=attn.scale)
-            )
+            if scores.plain:
+                outs.append(
+                    F.scaled_dot_product_attention(
+                        part, k, v, attn_mask=group.mask, scale=attn.scale
+                    )
+                )
+            else:
+                hidden = None if group.mask is None else group.mask != 0
+                out = scores.attend(part.unsqueeze(3), k, v, ages=group.ages, hidden=hidden)
+                outs.append(out.squeeze(3))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        out = out.reshape(work.num_decodes, attn.heads, attn.head_dim)
+        out = out.reshape(work.num_decodes, attn.heads, -1)
         return out if work.order is None else torch.empty_like(out).index_copy_(0, work.order, out)
 
     def gather(
@@ -107,27 +137,53 @@ class TorchAttention:
         torch.index_select(cache, 0, index, out=dense)
         if dtype != dense.dtype:
             dense = dense.to(dtype)
+        if attn.values_in_keys:
+            keys = dense.view(count, -1, attn.kv_heads, attn.head_dim).transpose(1, 2)
+            return keys, keys[..., : attn.values_in_keys]
         k, v = dense.view(2, count, -1, attn.kv_heads, attn.head_dim).transpose(2, 3)
         return k, v
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, *, work: Work, attn: Attn) -> None:
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    *,
+    row: Prefill,
+    work: Work,
+    scores: Scores,
+) -> None:
     """One row's queries, the last of its context, slice by slice into `out`.
 
-    q, out: [count, H, D]; keys, values: [1, kv_heads, context, D], context ≥ count.
+    q, out: [count, H, D]; keys, values: [1, kv_heads, length, D] of the context's last tokens.
     """
-    count, past = q.shape[0], keys.shape[2] - q.shape[0]
-    for start in range(0, count, work.slice):
-        stop = min(start + work.slice, count)
-        low = max(0, past + start + 1 - attn.window) if attn.window else 0
+    attn, count = scores.attn, row.count
+    past, before = row.length - count, row.context - row.length  # of `keys`, and not in them
+    size = work.slice if scores.plain else scores.slice(count, row.length)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        low = max(0, scores.sight.first(before + past + start) - before)
         seen = slice(low, past + stop)
-        result = F.scaled_dot_product_attention(
-            q[start:stop].transpose(0, 1)[None],
-            keys[:, :, seen],
-            values[:, :, seen],
-            attn_mask=band_for(work.mask, stop - start, past + stop - low),
-            is_causal=work.mask is None,
-            scale=attn.scale,
-            enable_gqa=attn.heads != attn.kv_heads,
-        )
+        queries = q[start:stop].transpose(0, 1)[None]
+        if scores.plain:
+            result = F.scaled_dot_product_attention(
+                queries,
+                keys[:, :, seen],
+                values[:, :, seen],
+                attn_mask=band_for(work.mask, stop - start, past + stop - low),
+                is_causal=work.mask is None,
+                scale=attn.scale,
+                enable_gqa=attn.heads != attn.kv_heads,
+            )
+        else:
+            position = torch.arange(before + low, before + past + stop, device=q.device)
+            own = position[past + start - low :, None]
+            result = scores.attend(
+                queries.unflatten(1, (attn.kv_heads, -1)),
+                keys[:, :, seen],
+                values[:, :, seen],
+                ages=own - position,
+                hidden=scores.sight.hidden(own, position),
+            ).flatten(1, 2)
         out[start:stop] = result[0].transpose(0, 1)

@@ -7,7 +7,7 @@ view, with the other layers' rows in between:
 
 One-token rows of the batch are padded to the longest of their group; padding repeats the row's
 newest token behind a mask of -inf. Rows with several tokens share one mask, of which every slice of
-queries takes a view.
+queries takes a view, unless their chunks make it depend on where they are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pagedserve.attention.batch import Batch
+from pagedserve.spec import Attn
 
 MAX_MASK_ELEMENTS = 1 << 21  # of a slice of queries × its context
 MIN_SLICE = 32
@@ -29,10 +30,13 @@ MAX_GROUP_BYTES = 2 << 20  # of the gathered copy, which should not leave the co
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one layer's view lies in memory, counted in rows. Equal for all layers."""
+    """How one layer's view lies in memory, counted in rows. Equal for all layers of a shape.
+
+    `value_rows` is None where values are part of the keys.
+    """
 
     block_rows: int
-    value_rows: int
+    value_rows: int | None
 
     @classmethod
     def of(cls, kv: Tensor) -> Layout:
@@ -40,7 +44,40 @@ class Layout:
         blocks, parts, *inner = kv.stride()
         assert inner == [width, kv.shape[4], 1], "a block's keys must be contiguous"
         assert blocks % width == 0 and parts % width == 0
-        return cls(blocks // width, parts // width)
+        return cls(blocks // width, parts // width if kv.shape[1] == 2 else None)
+
+    def with_values(self, index: Tensor) -> Tensor:
+        """Rows of keys → rows of the keys, then of their values, along the first dimension."""
+        if self.value_rows is None:
+            return index
+        return torch.cat((index, index + self.value_rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Which of its context a query sees: the last `window` tokens, and those of its own chunk."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    @classmethod
+    def of(cls, attn: Attn) -> Sight:
+        return cls(attn.window, attn.chunk)
+
+    def first(self, position: int) -> int:
+        """First position that a query at `position` sees."""
+        start = max(0, position + 1 - self.window) if self.window else 0
+        return max(start, position - position % self.chunk) if self.chunk else start
+
+    def hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """queries: [.., Q, 1], keys: [.., 1, K] positions → [.., Q, K] bool: not seen."""
+        distance = queries - keys
+        hidden = distance < 0
+        if self.window:
+            hidden |= distance >= self.window
+        if self.chunk:
+            hidden |= queries // self.chunk != keys // self.chunk
+        return hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +85,34 @@ class Decodes:
     """One-token rows that are attended together: `start` … `stop` - 1 in `Work.order`.
 
     index: [2 · n · length] cache rows, keys, then values; mask: [n, 1, 1, length] 0 or -inf, None
-    if no row is padded.
+    if no row is padded. ages: [n, 1, 1, length] how far each key lies behind the query.
     """
 
     start: int
     stop: int
     index: Tensor
     mask: Tensor | None
+    ages: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
     """A row of several tokens: tokens first … first + count - 1 of the batch.
 
-    index: [2 · length] cache rows of its last `length` tokens of context; None if these are just
-    the step's own tokens.
+    index: [2 · length] cache rows of its last `length` tokens of context, which end at position
+    `context` - 1; None if these are just the step's own tokens.
     """
 
     first: int
     count: int
     length: int
+    context: int
     index: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the layers with the same window share.
+    """What the layers of the same layout and sight share.
 
     order: one-token rows from the longest to the shortest, None if they come so. mask: [slice,
     context + slice], see `band`.
@@ -93,22 +132,22 @@ class Places:
 
     layout: Layout
     keys: Tensor
-    values: Tensor
+    values: Tensor | None
 
 
 @dataclass(slots=True)
 class TorchPlan:
-    """Made as the layers come: `places` by the first, `work` by the first of each window."""
+    """Made as the layers come: `places` by the first of each layout, `work` of each sight too."""
 
     batch: Batch
-    places: Places | None = None
-    work: dict[int | None, Work] = field(default_factory=dict)
+    places: dict[Layout, Places] = field(default_factory=dict)
+    work: dict[tuple[Layout, Sight], Work] = field(default_factory=dict)
 
 
 def cache_rows(kv: Tensor, layout: Layout) -> Tensor:
     """One layer's view as [rows, kv_heads, head_dim], with the other layers' rows in between."""
     blocks, _, block_size, heads, head_dim = kv.shape
-    rows = (blocks - 1) * layout.block_rows + layout.value_rows + block_size
+    rows = (blocks - 1) * layout.block_rows + (layout.value_rows or 0) + block_size
     return kv.as_strided((rows, heads, head_dim), (heads * head_dim, head_dim, 1))
 
 
@@ -116,52 +155,53 @@ def place_tokens(batch: Batch, layout: Layout) -> Places:
     """Cache rows of the batch's slots."""
     slots, block_size = batch.slot_mapping, batch.block_size
     keys = slots + slots // block_size * (layout.block_rows - block_size)
-    return Places(layout, keys, keys + layout.value_rows)
+    return Places(layout, keys, None if layout.value_rows is None else keys + layout.value_rows)
 
 
 def lay_out(
-    batch: Batch, places: Places, window: int | None, cache: Tensor, dtype: torch.dtype
+    batch: Batch, places: Places, sight: Sight, cache: Tensor, dtype: torch.dtype
 ) -> Work:
     """Groups of one-token rows, the other rows, and their mask."""
     max_tokens = MAX_GROUP_BYTES // (2 * cache[0].nbytes)
-    order, decodes = decode_groups(batch, places, window, max_tokens, dtype)
+    order, decodes = decode_groups(batch, places, sight, max_tokens, dtype)
     prefills, first = [], batch.num_decodes
     for row in range(batch.num_decodes, len(batch.counts)):
-        prefills.append(prefill_row(batch, places.layout, row, first, window))
+        prefills.append(prefill_row(batch, places.layout, row, first, sight))
         first += batch.counts[row]
-    slice_, mask = band(prefills, window, dtype, batch.input_ids.device)
+    slice_, mask = band(prefills, sight, dtype, batch.input_ids.device)
     return Work(batch.num_decodes, order, decodes, prefills, slice_, mask)
 
 
 def decode_groups(
-    batch: Batch, places: Places, window: int | None, max_tokens: int, dtype: torch.dtype
+    batch: Batch, places: Places, sight: Sight, max_tokens: int, dtype: torch.dtype
 ) -> tuple[Tensor | None, list[Decodes]]:
-    """One-token rows by falling length, in groups of at most `max_tokens` or of one row."""
+    """One-token rows by what they see, most first, in groups of at most `max_tokens` or one row."""
     count = batch.num_decodes
-    lens = batch.lens[:count]
     tables, newest = batch.block_tables[:count], places.keys[:count]
     seq_lens, order = batch.seq_lens[:count], None
-    if any(a < b for a, b in itertools.pairwise(lens)):
-        rows = sorted(range(count), key=lambda row: -lens[row])
-        lens = [lens[row] for row in rows]
+    first = [sight.first(n - 1) for n in batch.lens[:count]]
+    seen = [n - low for n, low in zip(batch.lens[:count], first, strict=True)]
+    if any(a < b for a, b in itertools.pairwise(seen)):
+        rows = sorted(range(count), key=lambda row: -seen[row])
+        first, seen = [first[row] for row in rows], [seen[row] for row in rows]
         order = torch.tensor(rows, device=tables.device)
         tables, newest, seq_lens = tables[order], newest[order], seq_lens[order]
-    seen = [min(n, window) for n in lens] if window else lens
     decodes = []
     for start, stop in groups(seen, max_tokens):
         part, length = slice(start, stop), seen[start]
         starts = None
-        if window and lens[start] > window:
-            starts = (seq_lens[part, None] - window).clamp_(min=0)
+        if any(first[part]):
+            starts = torch.tensor(first[part], device=tables.device)[:, None]
         index = token_rows(tables[part], starts, length, batch.block_size, places.layout)
+        position = torch.arange(length, device=tables.device)
+        ages = seq_lens[part, None] - 1 - (position if starts is None else position + starts)
         mask = None
         if seen[stop - 1] != length:
-            position = torch.arange(length, device=tables.device)
-            valid = (position if starts is None else position + starts) < seq_lens[part, None]
+            valid = ages >= 0
             index = torch.where(valid, index, newest[part, None])
             mask = torch.where(valid, 0.0, -math.inf).to(dtype)[:, None, None]
-        both = torch.cat((index, index + places.layout.value_rows)).view(-1)
-        decodes.append(Decodes(start, stop, both, mask))
+        both = places.layout.with_values(index).view(-1)
+        decodes.append(Decodes(start, stop, both, mask, ages[:, None, None]))
     return order, decodes
 
 
@@ -178,16 +218,16 @@ def groups(lens: list[int], max_tokens: int) -> list[tuple[int, int]]:
     return [*runs, (start, len(lens))] if lens else []
 
 
-def prefill_row(batch: Batch, layout: Layout, row: int, first: int, window: int | None) -> Prefill:
+def prefill_row(batch: Batch, layout: Layout, row: int, first: int, sight: Sight) -> Prefill:
     """Where one row of several tokens reads its context."""
     count, context = batch.counts[row], batch.lens[row]
-    length = min(context, count + window - 1) if window else context
+    length = context - sight.first(context - count)
     if length == count:
-        return Prefill(first, count, length, None)
+        return Prefill(first, count, length, context, None)
     table = batch.block_tables[row : row + 1]
     starts = None if length == context else torch.tensor([[context - length]], device=table.device)
     index = token_rows(table, starts, length, batch.block_size, layout)[0]
-    return Prefill(first, count, length, torch.cat((index, index + layout.value_rows)))
+    return Prefill(first, count, length, context, layout.with_values(index))
 
 
 def token_rows(
@@ -208,27 +248,24 @@ def token_rows(
 
 
 def band(
-    rows: list[Prefill], window: int | None, dtype: torch.dtype, device: torch.device
+    rows: list[Prefill], sight: Sight, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, Tensor | None]:
     """Queries to a slice, and the mask that all slices share: [slice, past + slice] of 0 and -inf.
 
     Query i sees column past + j (its own is j = i) where i - window < j ≤ i. None means that every
-    row fits one slice over its own tokens only, so that plain causal attention says the same.
+    row fits one slice over its own tokens only, so that plain causal attention says the same; or
+    that there are chunks, for which there is no mask that fits all.
     """
     if not rows:
         return 1, None
     context = max(row.length for row in rows)
     size = min(max(row.count for row in rows), max(MIN_SLICE, MAX_MASK_ELEMENTS // context))
     own = all(row.index is None and row.count <= size for row in rows)
-    if own and (window is None or context <= window):
+    if sight.chunk or (own and (sight.window is None or context <= sight.window)):
         return size, None
     past = context
-    distance = (
-        torch.arange(size, device=device)[:, None] + past - torch.arange(past + size, device=device)
-    )
-    hidden = distance < 0
-    if window:
-        hidden |= distance >= window
+    queries = torch.arange(past, past + size, device=device)[:, None]
+    hidden = Sight(sight.window).hidden(queries, torch.arange(past + size, device=device))
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
     return size, mask.masked_fill_(hidden, -math.inf)
 

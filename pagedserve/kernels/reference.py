@@ -58,6 +58,16 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 · x), an approximation of GELU (Hendrycks & Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)² (So et al. 2021)."""
+    return F.relu(x).square()
+
+
 def kv_write(kv: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
     """Write the keys and values of T tokens where their slots say.
 

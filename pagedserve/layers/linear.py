@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pagedserve.device import Device
 from pagedserve.kernels.matrix import Matrix
+from pagedserve.layers.forward import Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,19 @@ class Linear:
         """x: [T, in] → [T, out]."""
         return self.matrix.apply(x, self.bias)
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + y. x: [T, in], residual: [T, out]."""
+    def add(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """residual + y, or y alone. x: [T, in], residual: [T, out]."""
+        if residual is None:
+            return self.matrix.apply(x, self.bias)
         return self.matrix.add(x, self.bias, residual)
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A matrix in the place of attention or of feed-forward."""
+
+    linear: Linear
+
+    def __call__(self, x: Tensor, residual: Tensor | None, forward: Forward) -> Tensor:
+        """x, residual: [T, C] → residual + the product."""
+        return self.linear.add(x, residual)

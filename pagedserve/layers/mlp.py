@@ -5,24 +5,83 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pagedserve.kernels import reference
 from pagedserve.kernels.ops import Ops
+from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
-from pagedserve.spec import Mlp
+from pagedserve.layers.norm import Normalize
+from pagedserve.spec import Act, Mlp
+
+Activation = Callable[[Tensor], Tensor]
+XIELU_BETA, XIELU_EPS = 0.5, -1e-6  # the paper's, which checkpoints repeat
+
+PLAIN: dict[Act, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": reference.gelu_tanh,
+    "quick_gelu": reference.quick_gelu,
+    "relu": F.relu,
+    "relu2": reference.relu2,
+}
 
 
-def activation(spec: Mlp, ops: Ops) -> Callable[[Tensor], Tensor]:
-    """What `spec` names."""
-    known: dict[tuple[str, bool], Callable[[Tensor], Tensor]] = {  # (act, gated)
-        ("silu", False): F.silu,
-        ("silu", True): ops.silu_and_mul,
-        ("gelu_tanh", False): reference.gelu_tanh,
-        ("gelu_tanh", True): reference.gelu_tanh_and_mul,
+def activation(act: Act, gated: bool, ops: Ops) -> Activation:
+    """[T, size], or [T, 2 · size] with the gate first where `gated` → [T, size]."""
+    if not gated:
+        return PLAIN[act]
+    known: dict[Act, Activation] = {
+        "silu": ops.silu_and_mul,
+        "gelu_tanh": reference.gelu_tanh_and_mul,
     }
-    return known[spec.act, spec.gated]
+    return known.get(act) or Gated(PLAIN[act])
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """act(gate) · up."""
+
+    act: Activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return self.act(gate) * up
+
+
+@dataclass(frozen=True, slots=True)
+class ClampedSilu:
+    """gate · sigmoid(1.702 · gate) · (up + 1), both clamped, the gate from above only (gpt-oss)."""
+
+    limit: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return reference.quick_gelu(gate) * (up + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Xielu:
+    """xIELU (Huang & Schlag 2024) with its learned slopes. positive, negative: scalars, softplus'd.
+
+    x > 0: positive · x² + x / 2; else (expm1(x) - x) · negative + x / 2.
+    """
+
+    positive: Tensor
+    negative: Tensor
+
+    @classmethod
+    def of(cls, alpha_p: Tensor, alpha_n: Tensor) -> Xielu:
+        """The numbers as a checkpoint holds them."""
+        return cls(F.softplus(alpha_p), XIELU_BETA + F.softplus(alpha_n))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        above = self.positive * x * x + XIELU_BETA * x
+        below = (torch.expm1(x.clamp(max=XIELU_EPS)) - x) * self.negative + XIELU_BETA * x
+        return torch.where(x > 0, above, below)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +90,17 @@ class FeedForward:
 
     up: Linear
     down: Linear
-    activate: Callable[[Tensor], Tensor]
+    activate: Activation
+    inner_norm: Normalize | None = None
 
     @classmethod
     def of(cls, spec: Mlp, up: Linear, down: Linear, ops: Ops) -> FeedForward:
         """With the activation that `spec` names."""
-        return cls(up, down, activation(spec, ops))
+        return cls(up, down, activation(spec.act, spec.gated, ops))
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, forward: Forward) -> Tensor:
         """x, residual: [T, C] → residual + feed-forward of x."""
-        return self.down.add(self.activate(self.up(x)), residual)
+        x = self.activate(self.up(x))
+        if self.inner_norm is not None:
+            x = self.inner_norm(x)
+        return self.down.add(x, residual)

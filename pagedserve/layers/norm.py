@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm with their weights."""
+"""RMSNorm and LayerNorm with their weights, over a vector or over heads."""
 
 from __future__ import annotations
 
@@ -22,10 +22,6 @@ class Normalize(Protocol):
         """x: [..., C] → the same shape."""
         ...
 
-    def tensors(self) -> list[Tensor]:
-        """Everything it holds, to be counted."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
@@ -37,9 +33,6 @@ class RmsNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
-
-    def tensors(self) -> list[Tensor]:
-        return [self.weight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,42 +52,92 @@ class Float32RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return reference.rms_norm_by_length(x, self.weight, self.floor)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.weight]
+
+@dataclass(frozen=True, slots=True)
+class WideRmsNorm:
+    """RmsNorm whose weight is float32 whatever x is: [C].
+
+    What is added to a stored weight would be rounded away in 16 bits.
+    """
+
+    eps: float
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class BareNorm:
+    """No weight at all."""
+
+    norm: Norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.norm.kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], None, None, self.norm.eps)
+        return F.rms_norm(x, x.shape[-1:], None, self.norm.eps)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """weight: [C]; bias: [C] or None."""
+    """weight: [C], float32 where something was added to it; bias: [C] or None."""
 
     eps: float
     weight: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.weight.dtype != x.dtype:
+            bias = None if self.bias is None else self.bias.float()
+            return reference.layer_norm(x.float(), self.weight, bias, self.eps).to(x.dtype)
         return reference.layer_norm(x, self.weight, self.bias, self.eps)
-
-    def tensors(self) -> list[Tensor]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
 def normalize(norm: Norm, weight: Tensor, bias: Tensor | None, ops: Ops) -> Normalize:
-    """What `norm` says, with its weights."""
+    """What `norm` says, with its weights; `norm.offset` is in `weight` already."""
     if norm.kind == "layer":
         return LayerNorm(norm.eps, weight, bias)
     assert bias is None, "an RMSNorm has no bias"
-    if ops is reference and weight.dtype == torch.float32:
+    if ops is reference and weight.dtype == torch.float32 and not norm.offset:
         return Float32RmsNorm.of(norm.eps, weight)
-    return RmsNorm(norm.eps, weight, ops)
+    return WideRmsNorm(norm.eps, weight) if norm.offset else RmsNorm(norm.eps, weight, ops)
 
 
 @dataclass(frozen=True, slots=True)
-class HeadNormalize:
-    """RMSNorm over each head of q and k in one call. weight: [H + K, D], q's rows, then k's."""
+class HeadNorm:
+    """Each head of q and k by itself, in one call. weight, bias: [H + K, D], q's rows, then k's.
 
-    eps: float
-    weight: Tensor
+    Both None for a norm without weights.
+    """
+
+    norm: Norm
+    weight: Tensor | None
+    bias: Tensor | None
 
     def __call__(self, qk: Tensor) -> Tensor:
         """qk: [T, H + K, D], the last dimension contiguous → the same shape."""
-        return F.rms_norm(qk, qk.shape[-1:], None, self.eps).mul_(self.weight)
+        size = qk.shape[-1:]
+        if self.norm.kind == "layer":
+            y = F.layer_norm(qk, size, None, None, self.norm.eps)
+        else:
+            y = F.rms_norm(qk, size, None, self.norm.eps)
+        if self.weight is not None:
+            # float32 where something was added to the stored weight; the product is rounded once.
+            y = y.mul_(self.weight) if self.weight.dtype == y.dtype else (y * self.weight).to(y.dtype)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class AllHeadsNorm:
+    """All heads of q at once, and all of k. q: of H · D numbers; k: of K · D."""
+
+    heads: int
+    q: Normalize
+    k: Normalize
+
+    def __call__(self, qk: Tensor) -> Tensor:
+        """qk: [T, H + K, D] → the same shape."""
+        q, k = qk[:, : self.heads], qk[:, self.heads :]
+        parts = [norm(t.flatten(1)).view(t.shape) for norm, t in ((self.q, q), (self.k, k))]
+        return torch.cat(parts, 1)

@@ -2,100 +2,161 @@
 
 The residual stream, from tokens to logits:
     hidden = embed(tokens)
-    hidden = hidden + attention(norm(hidden))      once a layer
+    hidden = hidden + attention(norm(hidden))      once a layer, in one of three orders
     hidden = hidden + feed_forward(norm(hidden))
     logits = head(norm(hidden))
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from pagedserve.attention.base import AttentionBackend, Plan
 from pagedserve.attention.batch import Batch
-from pagedserve.layers.attention import Attention
 from pagedserve.layers.embedding import Embedding
+from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
-from pagedserve.layers.mlp import FeedForward
 from pagedserve.layers.norm import Normalize
-from pagedserve.layers.rotary import Rotary
-from pagedserve.spec import DecoderSpec
+from pagedserve.layers.rotary import Rotary, query_scale
+from pagedserve.spec import DecoderSpec, QueryScale
+
+
+class Part(Protocol):
+    """Attention or feed-forward of any kind."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None, forward: Forward) -> Tensor:
+        """x, residual: [T, C] → residual + what it makes of x; that alone where there is none."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One layer with its weights. `rotary`: which of the decoder's rotaries it uses, if any."""
+    """One layer with its weights; None for what it does not have. See `spec.Layer`."""
 
-    pre_attn: Normalize
-    attention: Attention
-    pre_ffn: Normalize
-    ffn: FeedForward
-    rotary: int | None
+    order: Literal["sequential", "parallel", "post"]
+    pre_attn: Normalize | None
+    attention: Part | None
+    post_attn: Normalize | None
+    pre_ffn: Normalize | None
+    ffn: Part | None
+    post_ffn: Normalize | None
+    residual_scale: float
+
+    def __call__(self, x: Tensor, forward: Forward) -> Tensor:
+        """x: [T, C] → the same."""
+        if self.order == "parallel":
+            return self.in_parallel(x, forward)
+        if self.order == "post":
+            for part, norm in ((self.attention, self.pre_attn), (self.ffn, self.pre_ffn)):
+                x = normed(norm, x if part is None else part(x, x, forward))
+            return x
+        x = self.add(self.attention, normed(self.pre_attn, x), x, self.post_attn, forward)
+        return self.add(self.ffn, normed(self.pre_ffn, x), x, self.post_ffn, forward)
+
+    def in_parallel(self, x: Tensor, forward: Forward) -> Tensor:
+        """Both parts read the same residual."""
+        h = normed(self.pre_attn, x)
+        own = h if self.pre_ffn is None else self.pre_ffn(x)
+        x = self.add(self.attention, h, x, self.post_attn, forward)
+        return self.add(self.ffn, own, x, self.post_ffn, forward)
+
+    def add(
+        self, part: Part | None, h: Tensor, x: Tensor, norm: Normalize | None, forward: Forward
+    ) -> Tensor:
+        """x + scale · norm(part(h)); in one go where there is neither."""
+        if part is None:
+            return x
+        if norm is None and self.residual_scale == 1.0:
+            return part(h, x, forward)
+        return x + normed(norm, part(h, None, forward)) * self.residual_scale
+
+
+def normed(norm: Normalize | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """linear: hidden to vocabulary; on the embedding's own memory where tied and not packed.
+
+    `narrow`: before it, where the embedding is of another size.
+    """
+
+    linear: Linear
+    narrow: Linear | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden: [n, C] → [n, vocab] float32."""
+        if self.narrow is not None:
+            hidden = self.narrow(hidden)
+        logits = self.linear(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A model with its weights, all on one device and of one dtype.
+    """A model with its weights, all on one device.
 
-    head: hidden to vocabulary; on the embedding's own memory where tied and not packed. `rotaries`:
-    the different ones of all layers.
+    `rotaries`, `query_scales`: the different ones of all layers. `dtype`: of the weights and of
+    everything between the layers.
     """
 
     spec: DecoderSpec
     embedding: Embedding
     blocks: tuple[Block, ...]
     rotaries: tuple[Rotary, ...]
-    final_norm: Normalize
-    head: Linear
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights and of everything between the layers."""
-        return self.embedding.table.dtype
+    query_scales: tuple[QueryScale, ...]
+    final_norm: Normalize | None
+    head: Head
+    dtype: torch.dtype
 
     def forward(
         self, batch: Batch, kv_layers: Sequence[Tensor], backend: AttentionBackend, plan: Plan
     ) -> Tensor:
         """Hidden states of all tokens after the final norm: [num_tokens, C].
 
-        kv_layers: each layer's view of the cache; this step's keys and values are written there.
+        kv_layers: each caching layer's view of the cache; this step's keys and values are written
+        there.
         """
         with torch.inference_mode():
             x = self.embedding(batch.input_ids, batch.positions)
             angles = [rotary.angles(batch.positions, x.dtype) for rotary in self.rotaries]
-            for block, kv in zip(self.blocks, kv_layers, strict=True):
-                x = block.attention(
-                    block.pre_attn(x),
-                    x,
-                    angles=None if block.rotary is None else angles[block.rotary],
-                    kv=kv,
-                    backend=backend,
-                    plan=plan,
-                )
-                x = block.ffn(block.pre_ffn(x), x)
-            return self.final_norm(x)
+            scales = [query_scale(each, batch.positions, x.dtype) for each in self.query_scales]
+            forward = Forward(kv_layers, backend, plan, angles, scales)
+            for block in self.blocks:
+                x = block(x, forward)
+            return normed(self.final_norm, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, C], rows of what `forward` returned → [n, vocab] float32."""
         with torch.inference_mode():
-            return self.head(hidden).float()
+            return self.head(hidden)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights in the forms they are held in; a tied head shares what it can."""
-        linears, tensors = [self.head], [self.embedding.table, self.embedding.position_table]
-        norms = [self.final_norm]
-        for block in self.blocks:
-            linears += [block.attention.qkv, block.attention.out, block.ffn.up, block.ffn.down]
-            norms += [block.pre_attn, block.pre_ffn]
-            if block.attention.head_norm is not None:
-                tensors.append(block.attention.head_norm.weight)
-        for norm in norms:
-            tensors += norm.tensors()
-        for linear in linears:
-            tensors += [*linear.matrix.tensors(), linear.bias]
-        held = {id(tensor): tensor.nbytes for tensor in tensors if tensor is not None}
+        held = {id(tensor): tensor.nbytes for tensor in tensors(self)}
         return sum(held.values())
+
+
+def tensors(held: Any) -> Iterator[Tensor]:
+    """Every tensor in a tree of dataclasses and tuples."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, tuple):
+        for part in held:
+            yield from tensors(part)
+    elif dataclasses.is_dataclass(held):
+        for each in dataclasses.fields(held):
+            yield from tensors(getattr(held, each.name))

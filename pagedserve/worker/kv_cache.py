@@ -1,9 +1,14 @@
 """The KV cache tensor.
 
-    [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
+    [num_blocks, layer 0 │ layer 1 │ … │ padding]
+
+    layer   [2, block_size, num_kv_heads, head_dim]    keys, then values
+            [1, block_size, 1, latent + rotated]       of latent attention
+            nothing                                    of a layer without attention
 
 A block is contiguous across layers, so moving one to another tier is one copy; kernels see a
-strided view per layer. Zero-filled: what a padding row reads is finite.
+strided view per layer. Zero-filled: what a padding row reads is finite. The padding, which models
+of equal layers do not need, makes a block a whole number of every layer's rows.
 """
 
 from __future__ import annotations
@@ -15,33 +20,39 @@ import torch
 from torch import Tensor
 
 from pagedserve.errors import StartupError
-from pagedserve.spec import DecoderSpec
+from pagedserve.spec import Attn, DecoderSpec
+
+ALIGNMENT = 16  # bytes: what the widest loads of a GPU ask of an address
 
 
-def layer_shape(spec: DecoderSpec, block_size: int) -> tuple[int, int, int]:
-    """(block_size, num_kv_heads, head_dim), which all layers share."""
-    shapes = {(layer.attn.kv_heads, layer.attn.head_dim) for layer in spec.layers}
-    assert len(shapes) == 1, f"layers differ in their KV heads: {shapes}"
-    heads, head_dim = shapes.pop()
-    return block_size, heads, head_dim
+def layer_shape(attn: Attn, block_size: int) -> tuple[int, int, int, int]:
+    """What one layer has in a block."""
+    return (1 if attn.values_in_keys else 2), block_size, attn.kv_heads, attn.head_dim
+
+
+def block_elements(cached: list[Attn], block_size: int, dtype: torch.dtype) -> int:
+    """Numbers from one block to the next."""
+    used = sum(math.prod(layer_shape(attn, block_size)) for attn in cached)
+    unit = math.lcm(ALIGNMENT // dtype.itemsize, *(a.kv_heads * a.head_dim for a in cached))
+    return -(-used // unit) * unit
 
 
 def block_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, K and V."""
-    size, heads, head_dim = layer_shape(spec, block_size)
-    return len(spec.layers) * 2 * size * heads * head_dim * dtype.itemsize
+    """Bytes of one block over all layers."""
+    return block_elements(spec.cached(), block_size, dtype) * dtype.itemsize
 
 
 def allocate(
     spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """One view [num_blocks, 2, block_size, num_kv_heads, head_dim] per layer, of one tensor.
+    """A view [num_blocks, 1 or 2, block_size, num_kv_heads, head_dim] per layer, of one tensor.
 
     Raises StartupError, with what was asked for, where there is not so much memory.
     """
-    shape = (num_blocks, len(spec.layers), 2, *layer_shape(spec, block_size))
+    cached = spec.cached()
+    shape = (num_blocks, block_elements(cached, block_size, dtype))
     try:
-        return list(zeros(shape, dtype, device).unbind(1))
+        return layer_views(zeros(shape, dtype, device), cached, block_size)
     # No memory, or a size that is none: of numpy the first two, of torch the last two.
     except (MemoryError, ValueError, RuntimeError, TypeError) as error:
         size = num_blocks * block_bytes(spec, block_size, dtype) / (1 << 30)
@@ -49,6 +60,17 @@ def allocate(
             f"no memory for a KV cache of {num_blocks} blocks, {size:.1f} GiB on {device}; lower "
             "--num-gpu-blocks-override or --kv-cache-memory-bytes"
         ) from error
+
+
+def layer_views(cache: Tensor, cached: list[Attn], block_size: int) -> list[Tensor]:
+    """Cut [num_blocks, block_elements] into its layers."""
+    views, start = [], 0
+    for attn in cached:
+        shape = layer_shape(attn, block_size)
+        size = math.prod(shape)
+        views.append(cache.narrow(1, start, size).unflatten(1, shape))
+        start += size
+    return views
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
