@@ -27,11 +27,21 @@ class Source(Protocol):
     """Gives tensors by their checkpoint names."""
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor that nobody demands."""
+        """Whether the checkpoint holds such a tensor and does not ignore it, read or not."""
         ...
 
-    def read(self, name: str, into: Tensor, *, transposed: bool = False) -> None:
-        """Fill `into`, casting and moving; `transposed` matrices are stored the other way round."""
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape as stored; None where `has` says no."""
+        ...
+
+    def read(
+        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+    ) -> None:
+        """Fill `into`, casting and moving; as often and in as many parts as there are readers.
+
+        `transposed`: the last two dimensions are stored the other way round. `rows`: int64 indices
+        into the first dimension, after that turn; `stored[rows]` has the shape of `into`.
+        """
         ...
 
     def finish(self) -> None:
@@ -48,7 +58,12 @@ class Dummy:
     def has(self, name: str) -> bool:
         return False
 
-    def read(self, name: str, into: Tensor, *, transposed: bool = False) -> None:
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return None
+
+    def read(
+        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+    ) -> None:
         into.uniform_(-DUMMY_RANGE, DUMMY_RANGE, generator=self.generator)
 
     def finish(self) -> None:
@@ -73,21 +88,32 @@ class Checkpoint:
             for name in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 self.files[name], self.paths[name] = opened, path
         self.stored = stored_names(list(self.files), spec.prefix)
-        self.unread = {n for n in self.stored if not any(re.search(b, n) for b in spec.buffers)}
+        ignored = ignored_patterns(spec)
+        self.used = {n for n in self.stored if not any(re.search(p, n) for p in ignored)}
+        self.unread = set(self.used)
         self.missing: list[str] = []
         self.num_tensors = len(self.unread)
         self.tenths = 0
 
     def has(self, name: str) -> bool:
-        return name in self.unread
+        return name in self.used
 
-    def read(self, name: str, into: Tensor, *, transposed: bool = False) -> None:
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        if name not in self.used:
+            return None
+        return tuple(self.files[self.stored[name]].get_slice(self.stored[name]).get_shape())
+
+    def read(
+        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+    ) -> None:
         if name not in self.stored:
             self.missing.append(name)
             return
         tensor = self.tensor(self.stored[name])
         if transposed:
-            tensor = tensor.t()
+            tensor = tensor.transpose(-2, -1)
+        if rows is not None:
+            tensor = tensor[rows]
         if tensor.shape != into.shape:
             raise StartupError(
                 f"{name} in {self.directory} has shape {tuple(tensor.shape)}, but config.json asks "
@@ -125,6 +151,11 @@ class Checkpoint:
         if tenths > self.tenths:
             self.tenths = tenths
             self.on_progress(f"loading weights: {10 * tenths} %")
+
+
+def ignored_patterns(spec: DecoderSpec) -> tuple[str, ...]:
+    """Regular expressions of tensors that may be there and are not used."""
+    return tuple(getattr(spec, "ignored", None) or getattr(spec, "buffers", ()))
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from pagedserve.device import pick
 from pagedserve.errors import StartupError
+from pagedserve.models import config_json
+from pagedserve.models.architectures import spec_of
 from pagedserve.models.loading import LoadedModel, load_model
+from pagedserve.models.weights import Checkpoint, Dummy
 from tests.checkpoints import tiny_checkpoint
 from tests.models.paged import PagedRun
 
@@ -199,3 +202,28 @@ def test_weights_are_cast_to_the_wanted_dtype(llama: Path) -> None:
     got = PagedRun(half, 4, kv_dtype=torch.bfloat16).prefill_and_decode([[5, 9, 7, 200, 31]], 5)[0]
     assert got.dtype == torch.float32
     assert (got - logits(full)).abs().max() / logits(full).abs().max() < 0.05
+
+
+def checkpoint(directory: Path) -> Checkpoint:
+    spec = spec_of(config_json.read(directory))
+    return Checkpoint(directory, spec, lambda phase: None)
+
+
+def test_a_packed_tensor_is_read_in_parts_by_rows(llama: Path) -> None:
+    source, name = checkpoint(llama), "model.layers.0.self_attn.q_proj.weight"
+    stored = tensors_of(llama)[name]
+    order = torch.randperm(64)
+    for rows in (order[:17], order[17:], order):
+        into = torch.full((len(rows), 64), torch.nan)
+        source.read(name, into, rows=rows)
+        assert torch.equal(into, stored[rows])
+        source.read(name, into.fill_(torch.nan), rows=rows, transposed=True)
+        assert torch.equal(into, stored.t()[rows])
+    assert source.has(name) and source.shape(name) == (64, 64)
+
+
+def test_the_shape_of_what_is_not_there_is_none(llama: Path) -> None:
+    source = checkpoint(llama)
+    assert source.shape("model.layers.0.self_attn.qkv.weight") is None
+    assert source.shape("model.norm.weight") == (64,)
+    assert Dummy(0, torch.device("cpu")).shape("model.norm.weight") is None
