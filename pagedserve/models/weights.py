@@ -155,7 +155,8 @@ class Checkpoint:
 
 def ignored_patterns(spec: DecoderSpec) -> tuple[str, ...]:
     """Regular expressions of tensors that may be there and are not used."""
-    return tuple(getattr(spec, "ignored", None) or getattr(spec, "buffers", ()))
+    found: tuple[str, ...] = getattr(spec, "ignored", ()) or getattr(spec, "buffers", ())
+    return found
 
 
 def weight_files(directory: Path) -> list[Path]:
