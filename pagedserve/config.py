@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import types
 import typing
@@ -39,10 +40,26 @@ class ModelConfig:
         DEMO_MODEL, "directory or hub id of the model; the bundled demo if left out"
     )
     revision: str | None = option(None, "branch, tag or commit of a hub model")
-    tokenizer: str | None = option(None, "directory of the tokenizer, if not the model's own")
+    hf_overrides: dict[str, Any] | None = option(
+        None, "JSON object merged into the model's config.json before it is read"
+    )
+    tokenizer: str | None = option(
+        None, "directory or hub id of the tokenizer, if not the model's own"
+    )
+    tokenizer_revision: str | None = option(
+        None, "branch, tag or commit of a tokenizer from the hub"
+    )
     skip_tokenizer_init: bool = option(False, "load no tokenizer: token ids in, token ids out")
     served_model_name: str | None = option(None, "name clients use; the model's own if left out")
     chat_template: str | None = option(None, "file with a Jinja chat template to use instead")
+    generation_config: str = option(
+        "auto",
+        "where sampling defaults and end tokens come from: auto is the model's own "
+        "generation_config.json, none is no file, or a directory with one",
+    )
+    override_generation_config: dict[str, Any] | None = option(
+        None, "JSON object merged over generation_config.json"
+    )
     dtype: str = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU", choices=DTYPES)
     device: str = option(
         "auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda")
@@ -121,7 +138,9 @@ class Config:
         for name, value in options.items():
             if name not in where:
                 raise StartupError(f"there is no option {name!r}", param=name)
-            groups[where[name]][name] = value
+            group = where[name]
+            is_object = plain_type(GROUPS[group], name) is dict
+            groups[group][name] = plain_object(name, value) if is_object else value
         built: dict[str, Any] = {name: GROUPS[name](**values) for name, values in groups.items()}
         config = cls(**built)
         config.check()
@@ -161,11 +180,27 @@ def each_option() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
 
 
 def plain_type(kind: type, name: str) -> type:
-    """The type of a field without its `| None`."""
+    """The type of a field without its `| None`; `dict` for a JSON object."""
     hint = typing.get_type_hints(kind)[name]
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
-    return typing.cast(type, hint)
+    return typing.cast(type, typing.get_origin(hint) or hint)
+
+
+def plain_object(name: str, value: Any) -> dict[str, Any] | None:
+    """A JSON object as a dict, given as one or as its text. Raises StartupError."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise StartupError(f"{flag} is not valid JSON: {error}", param=name) from error
+    if value is not None and not isinstance(value, dict):
+        raise StartupError(
+            f"{flag} must be a JSON object, such as '{{\"key\": 1}}', got {value!r:.64}",
+            param=name,
+        )
+    return typing.cast("dict[str, Any] | None", value)
 
 
 def check_value(option_: dataclasses.Field[Any], value: Any) -> None:
@@ -196,12 +231,19 @@ def add_flags(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] = tupl
             else:
                 section.add_argument(
                     flag,
-                    type=value_type,
+                    type=str if value_type is dict else value_type,  # read by `from_options`
                     choices=choices,
                     default=argparse.SUPPRESS,
                     help=text.replace("%", "%%"),
-                    metavar=None if choices else option_.name.rsplit("_", 1)[-1].upper(),
+                    metavar=metavar(option_.name, value_type, choices),
                 )
+
+
+def metavar(name: str, kind: type, choices: tuple[str, ...] | None) -> str | None:
+    """How the help calls a flag's value; None where it lists the choices."""
+    if choices:
+        return None
+    return "JSON" if kind is dict else name.rsplit("_", 1)[-1].upper()
 
 
 def api_key_from_environment() -> str | None:

@@ -73,6 +73,22 @@ def test_a_bad_option_is_named(options: dict[str, Any], says: str) -> None:
         Config.from_options(options)
 
 
+def test_objects_come_as_json_or_as_they_are() -> None:
+    config = parse("--hf-overrides", '{"a": {"b": [1, null]}}')
+    assert config.model.hf_overrides == {"a": {"b": [1, None]}}
+    assert Config.from_options({"hf_overrides": {"a": 1}}).model.hf_overrides == {"a": 1}
+    assert Config.from_options(config.to_builtins()) == config
+    for name in ("hf_overrides", "override_generation_config"):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(StartupError, match=f"{flag} is not valid JSON: Expecting"):
+            parse(flag, "{'a': 1}")
+        for given in ("[1]", "5", '"x"'):
+            with pytest.raises(StartupError, match=f"{flag} must be a JSON object"):
+                parse(flag, given)
+        with pytest.raises(StartupError, match=f"{flag} must be a JSON object"):
+            Config.from_options({name: 5})
+
+
 def test_groups_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.model = "x"  # type: ignore[misc]

@@ -8,6 +8,7 @@ architecture: which other values there must be is `architectures.values`' to say
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,43 @@ DEFAULT_ROPE_THETA = 10000.0
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def read(directory: Path) -> dict[str, Any]:
-    """The model's config.json. Raises StartupError where there is none that can be served."""
-    config = read_json(directory / "config.json")
+def read(directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The model's config.json with `overrides` merged in (see `merged`).
+
+    Raises StartupError where there is none that can be served.
+    """
+    config = merged(read_json(directory / "config.json"), overrides or {})
     if "quantization_config" in config:
         found = config["quantization_config"]
         method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
         raise StartupError(f"{directory}: quantised checkpoints ({method}) are not supported")
     config["rope_parameters"] = rope_parameters(config)
     return config
+
+
+def merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with `overrides` over it: objects are merged key by key, all else is replaced."""
+    result = dict(config)
+    for key, value in overrides.items():
+        before = result.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = merged(before, value)
+        result[key] = value
+    return result
+
+
+def changes(config: Mapping[str, Any], overrides: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What `merged` changes, one line of text a value: `rope_scaling.factor 2.0 → 4.0`."""
+    lines = []
+    for key, value in overrides.items():
+        before = config.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            lines += changes(before, value, f"{prefix}{key}.")
+        elif key in config:
+            lines.append(f"{prefix}{key} {shown(before)} → {shown(value)}")
+        else:
+            lines.append(f"{prefix}{key} {shown(value)} (not in config.json)")
+    return lines
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -55,25 +84,6 @@ def dtype_name(config: dict[str, Any]) -> str | None:
     """The checkpoint's dtype, one of `DTYPES`; None where config.json names none of them."""
     name = config.get("dtype") or config.get("torch_dtype")
     return name if name in DTYPES else None
-
-
-def eos_token_ids(directory: Path, config: dict[str, Any]) -> list[int]:
-    """Tokens that end an answer: those of generation_config.json, else of config.json.
-
-    Raises StartupError naming the file in which they are no token ids.
-    """
-    path = directory / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    if found is None:
-        path, found = directory / "config.json", config.get("eos_token_id")
-    if found is None:
-        return []
-    tokens = found if isinstance(found, list) else [found]
-    if not all(type(token) is int for token in tokens):
-        raise StartupError(
-            f"{path}: eos_token_id must be a token id or a list of them, got {shown(found)}"
-        )
-    return tokens
 
 
 def shown(value: Any) -> str:

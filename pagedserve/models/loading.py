@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from pagedserve.device import Device
 from pagedserve.errors import StartupError
-from pagedserve.models import config_json
+from pagedserve.models import config_json, generation_config
 from pagedserve.models.architectures import spec_of
 from pagedserve.models.assembly import assemble
 from pagedserve.models.decoder import Decoder
@@ -38,15 +38,20 @@ def load_model(
     device: Device,
     load_format: str = "auto",
     seed: int = 0,
+    hf_overrides: Mapping[str, Any] | None = None,
+    generation_source: str = "auto",
+    generation_override: Mapping[str, Any] | None = None,
     on_progress: Callable[[str], None] = lambda phase: None,
 ) -> LoadedModel:
     """Read the model in `directory` onto `device`.
 
     `dtype` "auto" is the device's choice for the checkpoint's. `load_format` "dummy" reads
-    config.json only and fills the weights from `seed`. `on_progress` gets phases for people.
-    Raises StartupError for everything that can be wrong with a checkpoint.
+    config.json only and fills the weights from `seed`. `hf_overrides` are merged into config.json;
+    `generation_source` and `generation_override` say where the end tokens come from
+    (`generation_config.read`). `on_progress` gets phases for people. Raises StartupError for
+    everything that can be wrong with a checkpoint.
     """
-    config = config_json.read(directory)
+    config = config_json.read(directory, hf_overrides)
     spec = spec_of(config)
     wanted = pick_dtype(dtype, config, device)
     source: Source
@@ -57,10 +62,14 @@ def load_model(
         on_progress("loading weights")
         source = Checkpoint(directory, spec, on_progress)
     decoder = assemble(spec, source, device=device, dtype=wanted)
+    generation = generation_config.read(
+        directory, config, source=generation_source, override=generation_override
+    )
     return LoadedModel(
         spec=spec,
         decoder=decoder,
-        eos_token_ids=config_json.eos_token_ids(directory, config),
+        # What is outside the vocabulary can never come.
+        eos_token_ids=[id for id in generation.end_token_ids if 0 <= id < spec.vocab_size],
         max_model_len=spec.max_positions,
         dtype=wanted,
         weight_bytes=decoder.weight_bytes(),

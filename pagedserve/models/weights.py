@@ -6,32 +6,49 @@ the files hold and the model does not use, ends the start with the names.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pagedserve.errors import StartupError
-from pagedserve.models.config_json import read_json
+from pagedserve.models.shards import DTYPES, FLOATS, Files, Stored, listing, stored_tensors
 from pagedserve.spec import DecoderSpec
 
+log = logging.getLogger("pagedserve")
+
 DUMMY_RANGE = 1e-3  # small enough that deep random models stay finite in 16 bits
-NAMES_SHOWN = 8
+STAGING_BYTES = 8 << 20  # what is cast, turned or moved passes through memory of this size
+# Tensors that old checkpoints hold and every implementation computes: not worth a word.
+KNOWN_BUFFERS = re.compile(
+    r"rotary_emb|inv_freq|causal_mask|(attn|attention)\.(masked_)?bias$", re.IGNORECASE
+)
 
 
 class Source(Protocol):
     """Gives tensors by their checkpoint names."""
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor that nobody demands."""
+        """Whether the checkpoint holds such a tensor and does not ignore it, read or not."""
         ...
 
-    def read(self, name: str, into: Tensor, *, transposed: bool = False) -> None:
-        """Fill `into`, casting and moving; `transposed` matrices are stored the other way round."""
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape as stored; None where `has` says no."""
+        ...
+
+    def read(
+        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+    ) -> None:
+        """Fill `into`, casting and moving; as often and in as many parts as there are readers.
+
+        `transposed`: the last two dimensions are stored the other way round. `rows`: int64 indices
+        into the first dimension, after that turn; `stored[rows]` has the shape of `into`. An `into`
+        that holds no floating point numbers is filled with what is stored in just its dtype.
+        """
         ...
 
     def finish(self) -> None:
@@ -48,58 +65,68 @@ class Dummy:
     def has(self, name: str) -> bool:
         return False
 
-    def read(self, name: str, into: Tensor, *, transposed: bool = False) -> None:
-        into.uniform_(-DUMMY_RANGE, DUMMY_RANGE, generator=self.generator)
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return None
+
+    def read(
+        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+    ) -> None:
+        if into.is_floating_point():
+            into.uniform_(-DUMMY_RANGE, DUMMY_RANGE, generator=self.generator)
+        else:
+            into.random_(0, 128, generator=self.generator)  # fits every integer dtype
 
     def finish(self) -> None:
         return None
 
 
 class Checkpoint:
-    """The safetensors files of a directory, mapped, never read as a whole.
+    """The safetensors files of a directory, read as the model asks, never as a whole.
 
-    `on_progress` hears of every tenth that is read. Raises StartupError for a directory without
-    safetensors, for a shard that is not there, and for a file that is cut off or damaged.
+    `on_progress` hears of every tenth of the bytes. Raises StartupError for everything that
+    `shards.stored_tensors` finds wrong, before anything is read.
     """
 
     def __init__(self, directory: Path, spec: DecoderSpec, on_progress: Callable[[str], None]):
         self.directory = directory
         self.on_progress = on_progress
-        paths = weight_files(directory)
-        self.files: dict[str, Any] = {}  # tensor name → open file
-        self.paths: dict[str, Path] = {}
-        for path in paths:
-            opened = open_file(path)
-            for name in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                self.files[name], self.paths[name] = opened, path
-        self.stored = stored_names(list(self.files), spec.prefix)
-        self.unread = {n for n in self.stored if not any(re.search(b, n) for b in spec.buffers)}
+        found = stored_tensors(directory)
+        self.tensors = {n: found[name] for n, name in full_names(found, spec.prefix).items()}
+        patterns = ignored_patterns(spec)
+        ignored = {n for n in self.tensors if any(re.search(p, n) for p in patterns)}
+        tell_ignored(directory, sorted(ignored))
+        self.used = self.tensors.keys() - ignored
+        self.unread = set(self.used)
         self.missing: list[str] = []
-        self.num_tensors = len(self.unread)
+        self.num_bytes = sum(self.tensors[name].num_bytes for name in self.used)
+        self.bytes_read = 0
         self.tenths = 0
+        self.files = Files()
+        self.staging = torch.empty(0, dtype=torch.uint8)
 
     def has(self, name: str) -> bool:
-        return name in self.unread
+        return name in self.used
 
-    def read(self, name: str, into: Tensor, *, transposed: bool = False) -> None:
-        if name not in self.stored:
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self.tensors[name].shape if name in self.used else None
+
+    def read(
+        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+    ) -> None:
+        stored = self.tensors.get(name)
+        if stored is None:
             self.missing.append(name)
             return
-        tensor = self.tensor(self.stored[name])
-        if transposed:
-            tensor = tensor.t()
-        if tensor.shape != into.shape:
-            raise StartupError(
-                f"{name} in {self.directory} has shape {tuple(tensor.shape)}, but config.json asks "
-                f"for {tuple(into.shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise StartupError(f"{name} in {self.directory} is {tensor.dtype}: not supported")
-        into.copy_(tensor)
-        self.unread.discard(name)
-        self.report()
+        self.check_dtype(name, stored, into.dtype)
+        self.check_shape(name, stored, into, transposed, rows)
+        if into.numel():
+            self.move(stored, into, transposed, rows)
+        if name in self.unread:
+            self.unread.discard(name)
+            self.report(stored.num_bytes)
 
     def finish(self) -> None:
+        self.files.close()
         if self.missing:
             raise StartupError(
                 f"{self.directory} lacks {len(self.missing)} tensors that its config.json needs: "
@@ -111,64 +138,100 @@ class Checkpoint:
                 f"use: {listing(sorted(self.unread))}"
             )
 
-    def tensor(self, stored: str) -> Tensor:
-        """A tensor as it lies in its file."""
-        try:
-            tensor: Tensor = self.files[stored].get_tensor(stored)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise StartupError(f"cannot read {stored} of {self.paths[stored]}: {error}") from error
-        return tensor
+    def check_dtype(self, name: str, stored: Stored, wanted: torch.dtype) -> None:
+        """Raise StartupError unless `stored` can be cast to `wanted`."""
+        if DTYPES.get(stored.dtype) is wanted or (
+            wanted.is_floating_point and stored.dtype in FLOATS
+        ):
+            return
+        what = f"{name} in {stored.path} is {stored.dtype}"
+        if stored.dtype.startswith("F8"):
+            raise StartupError(
+                f"{what}: fp8 numbers mean nothing without the scales of a quantisation scheme, "
+                "and config.json names none; give a checkpoint in 16 or 32 bits, or its own config"
+            )
+        raise StartupError(f"{what}: not supported; weights must be {', '.join(FLOATS)}")
 
-    def report(self) -> None:
+    def check_shape(
+        self, name: str, stored: Stored, into: Tensor, transposed: bool, rows: Tensor | None
+    ) -> None:
+        """Raise StartupError unless what is taken from `stored` has the shape of `into`."""
+        turned = stored.shape
+        if transposed:
+            turned = (*turned[:-2], *reversed(turned[-2:]))
+        taken, last = turned, -1
+        if rows is not None:
+            taken, last = (len(rows), *turned[1:]), int(rows.max()) if len(rows) else -1
+        if taken != tuple(into.shape) or (rows is not None and last >= (*turned, 0)[0]):
+            part = "" if rows is None else f" in rows up to {last}"
+            raise StartupError(
+                f"{name} in {stored.path} has shape {turned}, but config.json asks for "
+                f"{tuple(into.shape)}{part}"
+            )
+
+    def move(self, stored: Stored, into: Tensor, transposed: bool, rows: Tensor | None) -> None:
+        """Bring the bytes of `stored` to `into`: straight where that is all, else in pieces.
+
+        The one place where weights move; `Files.read` may run in several threads.
+        """
+        begin, end = 0, (*stored.shape, 1)[0]
+        by_row = not transposed or len(stored.shape) > 2  # `rows` select what lies together
+        if rows is not None and by_row:
+            begin, end = int(rows.min()), int(rows.max()) + 1
+            if torch.equal(rows, torch.arange(begin, end)):
+                rows = None
+        dtype = DTYPES[stored.dtype]
+        row_bytes = stored.num_bytes // (*stored.shape, 1)[0]
+        plain = rows is None and not transposed and into.dtype is dtype
+        if plain and into.device.type == "cpu" and into.is_contiguous():
+            self.files.read(stored, into, skip=begin * row_bytes)
+            return
+        target = into.transpose(-2, -1) if transposed else into
+        step = max(1, STAGING_BYTES // row_bytes)
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            piece = self.staged((last - first) * row_bytes)
+            self.files.read(stored, piece, skip=first * row_bytes)
+            part = piece.view(dtype).view(last - first, *stored.shape[1:])
+            if rows is None:
+                at = slice(first - begin, last - begin)
+                target.view(target.shape or (1,))[at].copy_(part)
+            elif by_row:
+                (where,) = ((rows >= first) & (rows < last)).nonzero(as_tuple=True)
+                target[where.to(into.device)] = part[rows[where] - first].to(into)
+            else:
+                target[first:last].copy_(part[:, rows])
+
+    def staged(self, num_bytes: int) -> Tensor:
+        """So many bytes of the one staging buffer."""
+        if self.staging.numel() < num_bytes:
+            self.staging = torch.empty(num_bytes, dtype=torch.uint8)
+        return self.staging[:num_bytes]
+
+    def report(self, num_bytes: int) -> None:
         """Tell of every full tenth once."""
-        tenths = 10 * (self.num_tensors - len(self.unread)) // self.num_tensors
+        self.bytes_read += num_bytes
+        tenths = 10 * self.bytes_read // max(self.num_bytes, 1)
         if tenths > self.tenths:
             self.tenths = tenths
             self.on_progress(f"loading weights: {10 * tenths} %")
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """One file, or the shards of an index. Raises StartupError where neither is there."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-        absent = [name for name in shards if not (directory / name).is_file()]
-        if absent or not shards:
-            raise StartupError(f"{directory} lacks shards of {index.name}: {listing(absent)}")
-        return [directory / name for name in shards]
-    if single.is_file():
-        return [single]
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
-        raise StartupError(
-            f"{directory} has its weights as PyTorch .bin files only. They are pickles, which run "
-            "code when they are opened, so they are not read; convert them to safetensors "
-            "(transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
-        )
-    raise StartupError(
-        f"{directory} has no weights: neither {single.name} nor {index.name} (random ones of the "
-        "right shapes: --load-format dummy)"
-    )
+def ignored_patterns(spec: DecoderSpec) -> tuple[str, ...]:
+    """Regular expressions of tensors that may be there and are not used."""
+    found: tuple[str, ...] = getattr(spec, "ignored", ()) or getattr(spec, "buffers", ())
+    return found
 
 
-def open_file(path: Path) -> Any:
-    """Map a safetensors file. Its header is checked against its length."""
-    try:
-        return safe_open(str(path), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise StartupError(
-            f"{path} is cut off or damaged ({size} bytes): {error}; download it again"
-        ) from error
+def tell_ignored(directory: Path, names: list[str]) -> None:
+    """One line of the log where more is left out than what can be computed anyway."""
+    if not all(KNOWN_BUFFERS.search(name) for name in names):
+        log.info("%s: %d tensors are not used: %s", directory, len(names), listing(names))
 
 
-def stored_names(names: list[str], prefix: str) -> dict[str, str]:
+def full_names(names: Iterable[str], prefix: str) -> dict[str, str]:
     """Full name → name in the file. A checkpoint saved without its head leaves the prefix out."""
+    names = list(names)
     if any(name.startswith(prefix) for name in names):
         return {name: name for name in names}
     return {name if name.startswith("lm_head.") else prefix + name: name for name in names}
-
-
-def listing(names: list[str]) -> str:
-    """The first few names, and how many more."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -86,6 +86,9 @@ class Runner:
             device=device,
             load_format=config.model.load_format,
             seed=config.model.seed,
+            hf_overrides=config.model.hf_overrides,
+            generation_source=config.model.generation_config,
+            generation_override=config.model.override_generation_config,
             on_progress=lambda detail: on_progress("load weights", detail),
         )
         info = settle(config, device, model)

@@ -193,6 +193,26 @@ def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
         spec(tmp_path, quantization_config={"quant_method": "gptq"})
 
 
+def test_overrides_are_merged_before_anything_is_read(tmp_path: Path) -> None:
+    write(tmp_path, {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}, "kept": [1]})
+    overrides = {"rope_scaling": {"factor": 4.0}, "num_hidden_layers": 2, "kept": None, "new": 1}
+    config = config_json.read(tmp_path, overrides)
+    assert config["rope_parameters"]["factor"] == 4.0
+    assert config["rope_parameters"]["rope_type"] == "linear"
+    assert (config["kept"], config["new"]) == (None, 1)
+    assert len(spec_of(config).layers) == 2
+    loaded = load_model(
+        tmp_path, device=pick("cpu"), load_format="dummy", hf_overrides={"num_hidden_layers": 1}
+    )
+    assert len(loaded.spec.layers) == 1
+    assert config_json.changes(LLAMA | {"rope_scaling": {"factor": 2.0}}, overrides) == [
+        "rope_scaling.factor 2.0 → 4.0",
+        "num_hidden_layers 4 → 2",
+        "kept null (not in config.json)",
+        "new 1 (not in config.json)",
+    ]
+
+
 def test_broken_json_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(StartupError, match=r"config\.json is not valid JSON"):
@@ -227,25 +247,6 @@ def test_qwen_slides_only_where_it_says_so(name: str, tmp_path: Path) -> None:
     assert windows(spec(tmp_path, **slides, max_window_layers=3)) == [None, None, None, 8]
     kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
     assert windows(spec(tmp_path, **slides, layer_types=kinds)) == [8, None, None, 8]
-
-
-def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
-    assert config_json.eos_token_ids(tmp_path, {}) == []
-    assert config_json.eos_token_ids(tmp_path, {"eos_token_id": 2}) == [2]
-    assert config_json.eos_token_ids(tmp_path, {"eos_token_id": [2, 3]}) == [2, 3]
-    write(tmp_path, {"temperature": 1.0}, "generation_config.json")
-    assert config_json.eos_token_ids(tmp_path, {"eos_token_id": 2}) == [2]
-    write(tmp_path, {"eos_token_id": [7, 8]}, "generation_config.json")
-    assert config_json.eos_token_ids(tmp_path, {"eos_token_id": 2}) == [7, 8]
-
-
-@pytest.mark.parametrize("value", ["x", "2", [2, "x"], 2.0, True, {}])
-def test_an_end_token_that_is_none_names_its_file(value: Any, tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match=r"/config\.json: eos_token_id must be"):
-        config_json.eos_token_ids(tmp_path, {"eos_token_id": value})
-    write(tmp_path, {"eos_token_id": value}, "generation_config.json")
-    with pytest.raises(StartupError, match=r"/generation_config\.json: eos_token_id must be"):
-        config_json.eos_token_ids(tmp_path, {"eos_token_id": 2})
 
 
 class SixteenBits(Cpu):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from pagedserve.device import pick
 from pagedserve.errors import StartupError
+from pagedserve.models import config_json, weights
+from pagedserve.models.architectures import spec_of
 from pagedserve.models.loading import LoadedModel, load_model
+from pagedserve.models.weights import Checkpoint, Dummy
 from tests.checkpoints import tiny_checkpoint
 from tests.models.paged import PagedRun
 
@@ -39,6 +44,11 @@ def tensors_of(directory: Path) -> Tensors:
 def edit_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def checkpoint(directory: Path) -> Checkpoint:
+    spec = spec_of(config_json.read(directory))
+    return Checkpoint(directory, spec, lambda phase: None)
 
 
 @pytest.fixture
@@ -152,20 +162,6 @@ def test_an_empty_file_is_named(llama: Path) -> None:
         load(llama)
 
 
-def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
-    directory = tiny_checkpoint("llama", tmp_path, max_shard_size="100KB")
-    shard = sorted(directory.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(StartupError, match=shard.name):
-        load(directory)
-
-
-def test_pickles_are_refused(llama: Path) -> None:
-    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
-    with pytest.raises(StartupError, match=r"\.bin files only.*safetensors"):
-        load(llama)
-
-
 def test_a_directory_without_weights_says_what_could_be_done(llama: Path) -> None:
     (llama / "model.safetensors").unlink()
     with pytest.raises(StartupError, match="no weights.*--load-format dummy"):
@@ -199,3 +195,105 @@ def test_weights_are_cast_to_the_wanted_dtype(llama: Path) -> None:
     got = PagedRun(half, 4, kv_dtype=torch.bfloat16).prefill_and_decode([[5, 9, 7, 200, 31]], 5)[0]
     assert got.dtype == torch.float32
     assert (got - logits(full)).abs().max() / logits(full).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("staging", (1, 1000, 1 << 20))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_packed_tensor_is_read_in_parts_by_rows(
+    staging: int, dtype: torch.dtype, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "STAGING_BYTES", staging)
+    source, name = checkpoint(llama), "model.layers.0.mlp.up_proj.weight"
+    stored = tensors_of(llama)[name].to(dtype)  # [96, 64]
+    for turned, transposed in ((stored, False), (stored.t(), True)):
+        order = torch.randperm(len(turned))
+        parts = (order[:17], order[17:], torch.arange(7, 40), torch.tensor([3, 3, 63]), order[:0])
+        for rows in parts:
+            into = torch.full((len(rows), turned.shape[1]), torch.nan, dtype=dtype)
+            source.read(name, into, rows=rows, transposed=transposed)
+            assert torch.equal(into, turned[rows])
+        strided = torch.full((*turned.shape, 2), torch.nan, dtype=dtype)[..., 1]
+        source.read(name, strided, transposed=transposed)
+        assert torch.equal(strided, turned)
+    assert source.has(name) and source.shape(name) == (96, 64)
+
+
+def test_stacked_matrices_are_turned_each_and_picked_by_the_first_dimension(llama: Path) -> None:
+    stack = torch.randn(5, 6, 7)
+    rewrite(llama, {**tensors_of(llama), "experts": stack})
+    source, rows = checkpoint(llama), torch.tensor([4, 0, 1])
+    into = torch.full((5, 7, 6), torch.nan)
+    source.read("experts", into, transposed=True)
+    assert torch.equal(into, stack.mT)
+    source.read("experts", into[:3].fill_(torch.nan), transposed=True, rows=rows)
+    assert torch.equal(into[:3], stack.mT[rows])
+
+
+def test_a_part_counts_as_read_and_a_row_that_is_not_there_is_an_error(llama: Path) -> None:
+    source, name = checkpoint(llama), "model.layers.0.mlp.up_proj.weight"
+    source.read(name, torch.empty(2, 64), rows=torch.tensor([0, 95]))
+    with pytest.raises(StartupError, match=r"does not use") as caught:
+        source.finish()
+    assert name not in caught.value.message
+    with pytest.raises(StartupError, match=r"\(96, 64\).*asks for \(2, 64\) in rows up to 96"):
+        source.read(name, torch.empty(2, 64), rows=torch.tensor([0, 96]))
+
+
+def test_the_shape_of_what_is_not_there_is_none(llama: Path) -> None:
+    source = checkpoint(llama)
+    assert source.shape("model.layers.0.self_attn.qkv.weight") is None
+    assert source.shape("model.norm.weight") == (64,)
+    assert Dummy(0, torch.device("cpu")).shape("model.norm.weight") is None
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("wanted", ("float32", "bfloat16"))
+def test_weights_of_every_width_are_cast(dtype: torch.dtype, wanted: str, llama: Path) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(llama).items()}
+    rewrite(llama, tensors)
+    table = load(llama, dtype=wanted).decoder.embedding.table
+    assert torch.equal(table, tensors["model.embed_tokens.weight"].to(getattr(torch, wanted)))
+
+
+@pytest.mark.parametrize("dtype", (torch.float8_e4m3fn, torch.float8_e5m2))
+def test_fp8_without_a_scheme_is_refused_by_name(dtype: torch.dtype, llama: Path) -> None:
+    name = "model.layers.1.mlp.gate_proj.weight"
+    rewrite(llama, {**tensors_of(llama), name: torch.zeros(96, 64).to(dtype)})
+    with pytest.raises(StartupError, match=rf"{name} in .* is F8_E.M.: fp8 .* scheme"):
+        load(llama)
+
+
+@pytest.mark.parametrize("dtype", (torch.int8, torch.uint8, torch.int64, torch.bool))
+def test_weights_that_are_no_floating_point_numbers_are_refused(
+    dtype: torch.dtype, llama: Path
+) -> None:
+    name = "model.layers.1.mlp.gate_proj.weight"
+    rewrite(llama, {**tensors_of(llama), name: torch.ones(96, 64).to(dtype)})
+    with pytest.raises(StartupError, match=rf"{name} in .* is [IUB]\w+: not supported; .*F64, F32"):
+        load(llama)
+
+
+def test_packed_integers_are_read_as_they_are(llama: Path) -> None:
+    blocks = torch.randint(0, 256, (6, 5, 16), dtype=torch.uint8)
+    rewrite(llama, {**tensors_of(llama), "blocks": blocks})
+    source, into = checkpoint(llama), torch.zeros(6, 5, 16, dtype=torch.uint8)
+    source.read("blocks", into)
+    assert torch.equal(into, blocks)
+    Dummy(3, torch.device("cpu")).read("blocks", into)
+    assert not torch.equal(into, blocks)
+
+
+def test_what_is_ignored_is_said_unless_everybody_knows_it(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = SimpleNamespace(prefix="model.", ignored=(r"inv_freq", r"^mtp\."))
+    caplog.set_level(logging.INFO, "pagedserve")
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    rewrite(llama, {**tensors_of(llama), **frequencies})
+    Checkpoint(llama, spec, lambda phase: None)  # type: ignore[arg-type]
+    assert not caplog.records
+    rewrite(llama, {**tensors_of(llama), **frequencies, "mtp.0.weight": torch.zeros(3)})
+    source = Checkpoint(llama, spec, lambda phase: None)  # type: ignore[arg-type]
+    (record,) = caplog.records
+    assert "2 tensors are not used" in record.message and "mtp.0.weight" in record.message
+    assert not source.has("mtp.0.weight") and source.shape("mtp.0.weight") is None

@@ -1,0 +1,36 @@
+"""What a kernel looks like when it is compiled ahead of time: its variants, as data.
+
+Each module with Triton kernels has a list `AOT` of these. `.ci/aot_triton.py` compiles them for the
+GPUs we name, without one, and fails where registers spill or an instruction is missing that the
+kernel was written for. No triton here: the list says what, the script knows how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One compilation of `kernel`, a `triton.jit` (or, with `gluon`, a `gluon.jit`) function.
+
+    types       argument → Triton's name of its type ("*bf16", "i32", "fp32"); None is an absent
+                pointer. Arguments in `constants` need none
+    constants   constexpr arguments
+    unaligned   pointers and integers that are not known to be multiples of 16
+    sass        instructions that must be there ("HGMMA")
+    capability  the oldest GPU it is meant for; kernels for 90 are not compiled for older ones
+    """
+
+    label: str
+    kernel: Any
+    types: dict[str, str | None]
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    unaligned: tuple[str, ...] = ()
+    sass: tuple[str, ...] = ()
+    capability: int = 80
+    gluon: bool = False
+    maxnreg: int | None = None

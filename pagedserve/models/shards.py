@@ -1,0 +1,221 @@
+"""safetensors files: which of a directory hold its weights, what their headers say, their bytes.
+
+    8 bytes    length of the header, little endian
+    header     JSON: name → {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__"
+    data       the tensors, without a gap
+
+(https://github.com/safetensors/safetensors#format.) Files are read into given memory and never
+mapped: a file that shrinks while it is read is an error, not a SIGBUS, and no page of a file counts
+as memory of this process. Which tensor becomes what is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pagedserve.errors import StartupError
+from pagedserve.models.config_json import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth")
+LENGTH = struct.Struct("<Q")
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at a time
+NAMES_SHOWN = 8
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+DTYPES = {
+    **FLOATS,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as its file holds it. `dtype`: the format's name; `start`: its first byte there."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of the weights in `directory`, by name.
+
+    Raises StartupError where there are no safetensors, where the index does not fit the shards, and
+    for a file that is not there, cut off or damaged.
+    """
+    index = directory / INDEX
+    if not index.is_file():
+        return read_header(single_file(directory))
+    shard_of = weight_map(index)
+    found: dict[str, Stored] = {}
+    for shard in sorted(set(shard_of.values())):
+        for name, stored in read_header(directory / shard).items():
+            if shard_of.get(name, shard) == shard:  # a copy in a shard the index does not name
+                found[name] = stored
+    lacking = sorted(shard_of.keys() - found.keys())
+    if lacking:
+        raise StartupError(
+            f"{index} names {len(lacking)} tensors that their files lack: "
+            f"{listing([f'{name} of {shard_of[name]}' for name in lacking])}"
+        )
+    return found
+
+
+def single_file(directory: Path) -> Path:
+    """The only weight file. Raises StartupError, with what to do, where there is none."""
+    single = directory / SINGLE
+    if single.is_file():
+        return single
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise StartupError(
+            f"{directory} has its weights as pickles only ({listing(pickles)}). They run code when "
+            f"they are opened, so they are not read; write safetensors beside them with: "
+            f"pagedserve convert {shlex.quote(str(directory))}"
+        )
+    raise StartupError(
+        f"{directory} has no weights: neither {SINGLE} nor {INDEX} (random ones of the right "
+        "shapes: --load-format dummy)"
+    )
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → file name, as an index says. Raises StartupError where a file is not there."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise StartupError(f"{index} has no weight_map: it must name the file of every tensor")
+    for name, shard in found.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise StartupError(f"{index}: the file of {name} must be a name, got {shard!r}")
+    absent = sorted(s for s in set(found.values()) if not (index.parent / s).is_file())
+    if absent:
+        raise StartupError(f"{index.parent} lacks shards of {index.name}: {listing(absent)}")
+    return found
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a file, in the order of their bytes.
+
+    Raises StartupError naming the file unless header, shapes and length agree to the last byte.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            (length,) = LENGTH.unpack(exactly(file.read(LENGTH.size), LENGTH.size))
+            if length > min(MAX_HEADER_BYTES, size - LENGTH.size):
+                raise ValueError(f"its header would be {length} bytes long")
+            header = json.loads(exactly(file.read(length), length))
+        return check_header(path, header, LENGTH.size + length, size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise StartupError(
+            f"{path} is cut off or damaged ({size} bytes): {said(error)}; get it again"
+        ) from error
+
+
+def check_header(path: Path, header: Any, begin: int, size: int) -> dict[str, Stored]:
+    """The tensors of a parsed header whose data begin at byte `begin` of `size`. ValueError."""
+    found = {}
+    end = begin
+    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    for name, entry in sorted(entries, key=lambda each: tuple(each[1]["data_offsets"])):
+        first, last = (begin + offset for offset in entry["data_offsets"])
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, *entry["data_offsets"])):
+            raise ValueError(f"the shape or place of {name} is not made of counts")
+        wanted = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
+        if first != end or last - first != wanted:
+            raise ValueError(f"{name} {shape} {dtype} does not lie where it should")
+        found[name] = Stored(path, dtype, shape, first, last - first)
+        end = last
+    if end != size:
+        raise ValueError(f"its header speaks of {end} bytes")
+    return found
+
+
+def exactly(data: bytes, count: int) -> bytes:
+    """`data` if it is `count` bytes long. ValueError."""
+    if len(data) != count:
+        raise ValueError("it ends within its header")
+    return data
+
+
+def said(error: Exception) -> str:
+    """What an exception says, with a word for those that only name a key."""
+    return f"no {error} in its header" if isinstance(error, KeyError) else str(error)
+
+
+class Files:
+    """Files opened as they are needed, and read by position."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def read(self, stored: Stored, into: Tensor, *, skip: int = 0) -> None:
+        """Fill `into`, contiguous on the CPU, with bytes of `stored` from its byte `skip` on.
+
+        Raises StartupError where the file ends before that.
+        """
+        if into.numel() == 0:
+            return
+        wanted = memoryview(into.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        position, done = stored.start + skip, 0
+        try:
+            fd = self._descriptor(stored.path)
+            while done < len(wanted):
+                got = os.preadv(fd, [wanted[done : done + READ_BYTES]], position + done)
+                if got == 0:
+                    raise OSError(f"it ends at byte {position + done}")
+                done += got
+        except OSError as error:
+            raise StartupError(f"cannot read {stored.path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Close what is open."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+        return self._open[path]
+
+
+def listing(names: list[str]) -> str:
+    """The first few names, and how many more."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
