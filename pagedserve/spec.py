@@ -154,8 +154,8 @@ class Mlp:
 class Moe:
     """Mixture of experts: `top_k` of `experts` feed-forwards, each gated and of `size`.
 
-    score        of the router's logits: softmax or sigmoid over all experts; softmax over the chosen
-                 ones; or the two rounds of SparseMixer (Liu et al. 2023) with its `jitter`
+    score        of the router's logits: softmax or sigmoid over all experts; softmax over those
+                 chosen; or the two rounds of SparseMixer (Liu et al. 2023) with its `jitter`
     renorm       the chosen scores are divided by their sum (plus `renorm_eps`)
     groups       (groups of experts, groups kept), and what of a group is compared: the sum of its
                  two best or its best
@@ -167,7 +167,7 @@ class Moe:
     act          "clamped_silu": gate · sigmoid(1.702 · gate) · (up + 1), both clamped to `limit`
     stored       how the checkpoint holds the experts: tensors of each (role names with `{e}`); one
                  of all [E, 2 · size, C], gate first; the same turned [E, C, 2 · size]; turned with
-                 gate and up in turns; or gate, up and a turned down as one matrix each [E · size, C]
+                 gate and up in turns; or gate, up and a turned down, each [E · size, C]
     """
 
     experts: int
@@ -191,7 +191,7 @@ class Moe:
 
 @dataclass(frozen=True, slots=True)
 class Matmul:
-    """One matrix [C, C] in the place of attention or feed-forward (Puzzle, Bercovich et al. 2024)."""
+    """A matrix [C, C] in the place of attention or feed-forward (Puzzle, Bercovich et al. 2024)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +222,8 @@ class Positions:
 class DecoderSpec:
     """A whole model.
 
+    max_positions    the longest context it was made for
+    stretched_positions   a longer one that it can be asked to serve, less well (None: no longer)
     names            role → checkpoint name without ".weight"; "layer" is the prefix of layer i with
                      `{i}` in it. A norm whose role is absent is not computed
     prefix           beginning of the names that a checkpoint saved without its head leaves out
@@ -242,6 +244,7 @@ class DecoderSpec:
     layers: tuple[Layer, ...]
     norm: Norm
     names: Tensors
+    stretched_positions: int | None = None
     prefix: str = ""
     biases: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()

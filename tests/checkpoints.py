@@ -42,11 +42,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def config_of(family: str, **overrides: Any) -> Any:
+    """A transformers config, tiny, with its class name in it."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = AutoConfig.for_model(family, **{**FAMILIES.get(family, COMMON), **overrides})
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
+    return config
+
+
 def tiny_model(family: str, *, seed: int = 0, **config_overrides: Any) -> Any:
     """A transformers model in float32, in eval mode, its parameters random by `seed`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **config_overrides})
+    config = config_of(family, **config_overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -54,7 +64,17 @@ def tiny_model(family: str, *, seed: int = 0, **config_overrides: Any) -> Any:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.06)
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):  # a parameter that no gradient trains
+                    buffer.copy_(torch.randn(buffer.shape) * 0.06)
     return model
+
+
+def save(model: Any, directory: Path, max_shard_size: str = "5GB") -> None:
+    """Write a transformers model as a checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers and the hub library warn of their own code
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
 
 
 def tiny_checkpoint(
@@ -68,9 +88,7 @@ def tiny_checkpoint(
 ) -> Path:
     """Write `tiny_model` into `directory`, and a byte-level tokenizer.json if asked; returns it."""
     model = tiny_model(family, seed=seed, **config_overrides)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers and the hub library warn of their own code
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
+    save(model, directory, max_shard_size)
     if tokenizer:
         write_tokenizer(directory, model.config.vocab_size)
     return directory

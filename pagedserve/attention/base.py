@@ -14,7 +14,7 @@ Plan = Any  # a backend's own notes on one batch; only that backend looks inside
 
 
 class AttentionBackend(Protocol):
-    """Computes attention for whole batches. Knows no model: all that it may do is said by `attn`."""
+    """Computes attention for whole batches. Knows no model: what it computes is said by `attn`."""
 
     name: str
 

@@ -180,7 +180,7 @@ def attend(
             position = torch.arange(before + low, before + past + stop, device=q.device)
             own = position[past + start - low :, None]
             result = scores.attend(
-                queries.unflatten(1, (attn.kv_heads, -1)),
+                queries.reshape(1, attn.kv_heads, -1, stop - start, attn.head_dim),
                 keys[:, :, seen],
                 values[:, :, seen],
                 ages=own - position,

@@ -158,9 +158,7 @@ def place_tokens(batch: Batch, layout: Layout) -> Places:
     return Places(layout, keys, None if layout.value_rows is None else keys + layout.value_rows)
 
 
-def lay_out(
-    batch: Batch, places: Places, sight: Sight, cache: Tensor, dtype: torch.dtype
-) -> Work:
+def lay_out(batch: Batch, places: Places, sight: Sight, cache: Tensor, dtype: torch.dtype) -> Work:
     """Groups of one-token rows, the other rows, and their mask."""
     max_tokens = MAX_GROUP_BYTES // (2 * cache[0].nbytes)
     order, decodes = decode_groups(batch, places, sight, max_tokens, dtype)

@@ -22,7 +22,7 @@ class Experts(Protocol):
     def apply(self, x: Tensor, weights: Tensor, experts: Tensor, *, on_input: bool) -> Tensor:
         """x: [T, C]; weights: [T, k] float32; experts: [T, k] int64 → [T, C].
 
-        The sum over a token's experts of weight · expert(x), or of expert(weight · x) if `on_input`.
+        The sum over a token's experts of weight · expert(x); if `on_input`, of expert(weight · x).
         """
         ...
 

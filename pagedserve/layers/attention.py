@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
 from pagedserve.layers.norm import Normalize
 from pagedserve.spec import Attn
+
+
+class QkNorm(Protocol):
+    """Normalises the heads of q and k together."""
+
+    def __call__(self, qk: Tensor) -> Tensor:
+        """qk: [T, H + K, D] → the same shape."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,7 @@ class Attention:
     cache: int
     rotary: int | None = None
     query_scale: int | None = None
-    norm_qk: Normalize | None = None
+    norm_qk: QkNorm | None = None
     out_norm: Normalize | None = None
     slopes: Tensor | None = None
     sinks: Tensor | None = None

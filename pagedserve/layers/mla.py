@@ -61,10 +61,10 @@ class LatentAttention:
         q = self.query(x).view(tokens, spec.heads, spec.nope_dim + rotated)
         plain, turned = q.split_with_sizes((spec.nope_dim, rotated), -1)
         latent, key = self.kv(x).split_with_sizes((spec.latent_dim, rotated), -1)
-        key = self.ops.rotary(key.unsqueeze(1), angles.cos, angles.sin)
-        keys = torch.cat((self.kv_norm(latent).unsqueeze(1), key), -1)
+        key = self.ops.rotary(key.contiguous().unsqueeze(1), angles.cos, angles.sin)
+        keys = torch.cat((self.kv_norm(latent.contiguous()).unsqueeze(1), key), -1)
         absorbed = torch.bmm(plain.transpose(0, 1), self.key_up).transpose(0, 1)
-        turned = self.ops.rotary(turned, angles.cos, angles.sin)
+        turned = self.ops.rotary(turned.contiguous(), angles.cos, angles.sin)
         q = torch.cat((absorbed, turned), -1)
         if self.query_scale is not None:
             q = q * forward.query_scales[self.query_scale]

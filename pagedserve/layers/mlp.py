@@ -14,7 +14,7 @@ from pagedserve.kernels.ops import Ops
 from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
 from pagedserve.layers.norm import Normalize
-from pagedserve.spec import Act, Mlp
+from pagedserve.spec import Act
 
 Activation = Callable[[Tensor], Tensor]
 XIELU_BETA, XIELU_EPS = 0.5, -1e-6  # the paper's, which checkpoints repeat
@@ -92,11 +92,6 @@ class FeedForward:
     down: Linear
     activate: Activation
     inner_norm: Normalize | None = None
-
-    @classmethod
-    def of(cls, spec: Mlp, up: Linear, down: Linear, ops: Ops) -> FeedForward:
-        """With the activation that `spec` names."""
-        return cls(up, down, activation(spec.act, spec.gated, ops))
 
     def __call__(self, x: Tensor, residual: Tensor | None, forward: Forward) -> Tensor:
         """x, residual: [T, C] → residual + feed-forward of x."""

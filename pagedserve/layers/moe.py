@@ -53,7 +53,7 @@ def route(spec: Moe, logits: Tensor, correction: Tensor | None = None) -> tuple[
 def kept_groups(choice: Tensor, spec: Moe) -> Tensor:
     """choice: [T, E] with -inf outside the best groups (DeepSeek-V2, V3)."""
     groups, kept = spec.groups
-    grouped = choice.unflatten(1, (groups, -1))
+    grouped = choice.view(choice.shape[0], groups, -1)
     if spec.group_score == "best two":
         best = grouped.topk(2, -1).values.sum(-1)
     else:

@@ -124,7 +124,11 @@ class HeadNorm:
             y = F.rms_norm(qk, size, None, self.norm.eps)
         if self.weight is not None:
             # float32 where something was added to the stored weight; the product is rounded once.
-            y = y.mul_(self.weight) if self.weight.dtype == y.dtype else (y * self.weight).to(y.dtype)
+            y = (
+                y.mul_(self.weight)
+                if self.weight.dtype == y.dtype
+                else (y * self.weight).to(y.dtype)
+            )
         return y if self.bias is None else y.add_(self.bias)
 
 

@@ -138,7 +138,7 @@ def sharpness(factor: float, by: float = 1.0) -> float:
 
 
 def longrope(rope: Rope, context: int) -> tuple[Tensor, float]:
-    """LongRoPE (Ding et al. 2024): a factor a dimension, one set for contexts beyond the trained."""
+    """LongRoPE (Ding et al. 2024): a factor a dimension; others for contexts beyond the trained."""
     s = rope.scaling
     trained = s["original_max_position_embeddings"]
     chosen = s["long_factor"] if context > trained else s["short_factor"]

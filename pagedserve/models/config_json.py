@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pagedserve.errors import StartupError, shorten
+from pagedserve.models.defaults import with_defaults
+from pagedserve.models.rope_config import rope_parameters
 
-DEFAULT_ROPE_THETA = 10000.0
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -28,6 +29,12 @@ def read(directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[st
         found = config["quantization_config"]
         method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
         raise StartupError(f"{directory}: quantised checkpoints ({method}) are not supported")
+    return complete(config)
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """With what the file leaves out, and its rotary embedding in the one form."""
+    config = with_defaults(config)
     config["rope_parameters"] = rope_parameters(config)
     return config
 
@@ -55,29 +62,6 @@ def changes(config: Mapping[str, Any], overrides: Mapping[str, Any], prefix: str
         else:
             lines.append(f"{prefix}{key} {shown(value)} (not in config.json)")
     return lines
-
-
-def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Of any version, with `rope_type` and `rope_theta` filled in; as transformers 5 reads them.
-
-    Where a file has both, `rope_scaling` wins, also over the `rope_theta` of the other; `rope_type`
-    wins over its older name `type`. Raises StartupError for what is no flat object.
-    """
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    given = config.get(name) or {}
-    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise StartupError(f"config.json: {name} must be one flat object, for all layers")
-    found = dict(given)
-    older = found.pop("type", None)
-    found["rope_type"] = found.get("rope_type") or older or "default"
-    if not isinstance(found["rope_type"], str):
-        raise StartupError(f"config.json: rope type {found['rope_type']!r} is not supported")
-    found.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_ROPE_THETA)
-    if config.get("partial_rotary_factor") is not None:
-        found.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
-    if found["rope_type"] != "default" and "max_position_embeddings" in config:
-        found.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    return found
 
 
 def dtype_name(config: dict[str, Any]) -> str | None:

@@ -151,9 +151,11 @@ class Decoder:
 
 
 def tensors(held: Any) -> Iterator[Tensor]:
-    """Every tensor in a tree of dataclasses and tuples."""
+    """Every tensor in a tree of dataclasses and tuples; matrices know their own."""
     if isinstance(held, Tensor):
         yield held
+    elif hasattr(held, "tensors"):
+        yield from held.tensors()
     elif isinstance(held, tuple):
         for part in held:
             yield from tensors(part)

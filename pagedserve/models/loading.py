@@ -38,6 +38,7 @@ def load_model(
     device: Device,
     load_format: str = "auto",
     seed: int = 0,
+    context: int | None = None,
     hf_overrides: Mapping[str, Any] | None = None,
     generation_source: str = "auto",
     generation_override: Mapping[str, Any] | None = None,
@@ -46,7 +47,8 @@ def load_model(
     """Read the model in `directory` onto `device`.
 
     `dtype` "auto" is the device's choice for the checkpoint's. `load_format` "dummy" reads
-    config.json only and fills the weights from `seed`. `hf_overrides` are merged into config.json;
+    config.json only and fills the weights from `seed`. `context`: the longest context that will be
+    served; the model's own if None. `hf_overrides` are merged into config.json;
     `generation_source` and `generation_override` say where the end tokens come from
     (`generation_config.read`). `on_progress` gets phases for people. Raises StartupError for
     everything that can be wrong with a checkpoint.
@@ -61,7 +63,8 @@ def load_model(
     else:
         on_progress("loading weights")
         source = Checkpoint(directory, spec, on_progress)
-    decoder = assemble(spec, source, device=device, dtype=wanted)
+    limit = context_limit(spec, context)
+    decoder = assemble(spec, source, device=device, dtype=wanted, context=limit)
     generation = generation_config.read(
         directory, config, source=generation_source, override=generation_override
     )
@@ -70,10 +73,21 @@ def load_model(
         decoder=decoder,
         # What is outside the vocabulary can never come.
         eos_token_ids=[id for id in generation.end_token_ids if 0 <= id < spec.vocab_size],
-        max_model_len=spec.max_positions,
+        max_model_len=limit,
         dtype=wanted,
         weight_bytes=decoder.weight_bytes(),
     )
+
+
+def context_limit(spec: DecoderSpec, asked: int | None) -> int:
+    """The context in tokens. Raises StartupError where more is asked for than the model can do."""
+    allowed = spec.stretched_positions or spec.max_positions
+    if asked is not None and asked > allowed:
+        raise StartupError(
+            f"max_model_len is {asked}, but the model's positions end at {allowed}",
+            param="max_model_len",
+        )
+    return asked or spec.max_positions
 
 
 def pick_dtype(wanted: str, config: dict[str, Any], device: Device) -> torch.dtype:

@@ -68,7 +68,7 @@ def layer_views(cache: Tensor, cached: list[Attn], block_size: int) -> list[Tens
     for attn in cached:
         shape = layer_shape(attn, block_size)
         size = math.prod(shape)
-        views.append(cache.narrow(1, start, size).unflatten(1, shape))
+        views.append(cache.narrow(1, start, size).view(cache.shape[0], *shape))
         start += size
     return views
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pagedserve.config import CacheConfig
 from pagedserve.errors import StartupError
-from pagedserve.spec import DecoderSpec
+from pagedserve.spec import Attn, DecoderSpec, Layer, Mla, Mlp, Moe
 
 CPU_CACHE_SHARE = 0.25  # of the memory that is free: the machine is rarely ours alone
 CPU_CACHE_BYTES = 4 << 30
@@ -30,16 +30,32 @@ class Limits:
 def workspace_bytes(spec: DecoderSpec, limits: Limits, itemsize: int) -> int:
     """Upper estimate of what one step allocates beside weights and cache.
 
-    Activations: a handful of [tokens, hidden] and the gate and up projections are alive at a time.
+    Activations: a handful of [tokens, hidden] and the widest layer's own are alive at a time.
     Attention: torch may expand the keys and values of one sequence to all heads, in fp32.
     Logits: fp32, raw and processed and sorted copies for every sequence that samples.
     """
-    widest = max(layer.ffn.size for layer in spec.layers)
-    activations = limits.max_num_batched_tokens * (8 * spec.hidden_size + 3 * widest) * itemsize
-    heads = max(layer.attn.heads * layer.attn.head_dim for layer in spec.layers)
+    widest = max(width(layer, spec.hidden_size) for layer in spec.layers)
+    activations = limits.max_num_batched_tokens * (8 * spec.hidden_size + widest) * itemsize
+    heads = max((attn.heads * attn.head_dim for attn in spec.cached()), default=0)
     attention = 2 * limits.max_model_len * heads * 4
     logits = limits.max_num_seqs * spec.vocab_size * 4 * 6
     return activations + attention + logits
+
+
+def width(layer: Layer, hidden_size: int) -> int:
+    """Numbers a token that are alive in the widest part of a layer."""
+    attn, ffn = layer.attn, layer.ffn
+    widths = [0]
+    if isinstance(ffn, Mlp):
+        widths.append(3 * ffn.size)
+    if isinstance(ffn, Moe):
+        shared = 3 * ffn.shared.size if ffn.shared else 0
+        widths.append(ffn.top_k * (3 * ffn.size + 2 * hidden_size) + shared + 4 * ffn.experts)
+    if isinstance(attn, Attn):
+        widths.append(3 * (attn.heads + 2 * attn.kv_heads) * attn.head_dim)
+    if isinstance(attn, Mla):
+        widths.append(4 * attn.heads * (attn.latent_dim + attn.nope_dim + attn.rope.dim))
+    return max(widths)
 
 
 def plan_blocks(

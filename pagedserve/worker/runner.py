@@ -20,7 +20,6 @@ from pagedserve import attention
 from pagedserve.attention.batch import Batch
 from pagedserve.config import Config
 from pagedserve.device import Device, pick
-from pagedserve.errors import StartupError
 from pagedserve.models.loading import LoadedModel, load_model
 from pagedserve.request import SamplingParams
 from pagedserve.step import BlockId, EngineInfo, Join, Slot, Step, StepOutput, TokenLogprobs
@@ -86,6 +85,7 @@ class Runner:
             device=device,
             load_format=config.model.load_format,
             seed=config.model.seed,
+            context=config.model.max_model_len,
             hf_overrides=config.model.hf_overrides,
             generation_source=config.model.generation_config,
             generation_override=config.model.override_generation_config,
@@ -176,7 +176,7 @@ def settle(config: Config, device: Device, model: LoadedModel) -> EngineInfo:
     limits = memory.Limits(
         max_num_seqs=asked.max_num_seqs or default.max_num_seqs,
         max_num_batched_tokens=asked.max_num_batched_tokens or default.max_num_batched_tokens,
-        max_model_len=context_length(config.model.max_model_len, model.max_model_len),
+        max_model_len=model.max_model_len,
     )
     block_size = config.cache.block_size
     available = device.memory()
@@ -201,13 +201,3 @@ def settle(config: Config, device: Device, model: LoadedModel) -> EngineInfo:
         dtype=str(model.dtype).removeprefix("torch."),
         asynchronous=device.is_gpu,
     )
-
-
-def context_length(asked: int | None, allowed: int) -> int:
-    """The context in tokens. Raises StartupError where more is asked for than the model can do."""
-    if asked is not None and asked > allowed:
-        raise StartupError(
-            f"max_model_len is {asked}, but the model's positions end at {allowed}",
-            param="max_model_len",
-        )
-    return asked or allowed

@@ -9,9 +9,10 @@ from pagedserve.device import pick
 from pagedserve.kernels import reference as ops
 from pagedserve.layers.embedding import Embedding
 from pagedserve.layers.linear import Linear
-from pagedserve.layers.mlp import FeedForward
-from pagedserve.layers.norm import HeadNormalize, normalize
-from pagedserve.spec import Mlp, Norm
+from pagedserve.layers.forward import Forward
+from pagedserve.layers.mlp import FeedForward, activation
+from pagedserve.layers.norm import HeadNorm, normalize
+from pagedserve.spec import Norm
 
 CPU = pick("cpu")
 OPS = CPU.ops(torch.float32)
@@ -33,7 +34,7 @@ def test_heads_are_normalised_with_their_own_weights() -> None:
     q, k = torch.randn(5), torch.randn(5)
     weight = torch.stack((q, q, k))
     heads = torch.randn(4, 4, 5)
-    got = HeadNormalize(1e-6, weight)(heads[:, :3])
+    got = HeadNorm(Norm(eps=1e-6), weight, None)(heads[:, :3])
     for head, w in enumerate((q, q, k)):
         torch.testing.assert_close(got[:, head], ops.rms_norm(heads[:, head], w, 1e-6))
 
@@ -41,22 +42,27 @@ def test_heads_are_normalised_with_their_own_weights() -> None:
 def test_feed_forward_gates_and_adds_the_residual() -> None:
     gate, up, down = torch.randn(24, 16), torch.randn(24, 16), torch.randn(16, 24)
     x, residual = torch.randn(3, 16), torch.randn(3, 16)
-    gated = FeedForward.of(
-        Mlp(24), Linear.of(torch.cat((gate, up)), None, CPU), Linear.of(down, None, CPU), OPS
+    forward = Forward((), None, None, (), ())  # of no interest to it
+    gated = FeedForward(
+        Linear.of(torch.cat((gate, up)), None, CPU),
+        Linear.of(down, None, CPU),
+        activation("silu", True, OPS),
     )
     wanted = (F.silu(x @ gate.t()) * (x @ up.t())) @ down.t() + residual
-    torch.testing.assert_close(gated(x, residual), wanted, rtol=1e-4, atol=1e-4)
-    plain = FeedForward.of(
-        Mlp(24, "gelu_tanh", gated=False), Linear.of(up, None, CPU), Linear.of(down, None, CPU), OPS
+    torch.testing.assert_close(gated(x, residual, forward), wanted, rtol=1e-4, atol=1e-4)
+    plain = FeedForward(
+        Linear.of(up, None, CPU), Linear.of(down, None, CPU), activation("gelu_tanh", False, OPS)
     )
     wanted = F.gelu(x @ up.t(), approximate="tanh") @ down.t() + residual
-    torch.testing.assert_close(plain(x, residual), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain(x, residual, forward), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_learned_positions_are_added_to_a_copy() -> None:
     table, positions = torch.randn(9, 4), torch.randn(6, 4)
     kept = table.clone()
     ids, at = torch.tensor([3, 3, 8]), torch.tensor([0, 5, 1])
-    torch.testing.assert_close(Embedding(table, positions)(ids, at), table[ids] + positions[at])
+    torch.testing.assert_close(
+        Embedding(table, positions=positions)(ids, at), table[ids] + positions[at]
+    )
     assert torch.equal(Embedding(table)(ids, at), table[ids])
     assert torch.equal(table, kept)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pagedserve.attention import Batch, choose
 from pagedserve.device import pick
 from pagedserve.models.loading import LoadedModel
+from pagedserve.worker import kv_cache
 
 
 @dataclass
@@ -23,8 +24,17 @@ class PagedRun:
     kv_dtype: torch.dtype = torch.float32
     tables: list[list[int]] = field(default_factory=list)
 
-    def prefill_and_decode(self, sequences: list[list[int]], longest_chunk: int) -> list[Tensor]:
-        """Logits of all positions of each sequence: [tokens, vocab]. Chunks of random size."""
+    def prefill_and_decode(
+        self,
+        sequences: list[list[int]],
+        longest_chunk: int,
+        decode_from: list[int] | None = None,
+    ) -> list[Tensor]:
+        """Logits of all positions of each sequence: [tokens, vocab]. Chunks of random size.
+
+        `decode_from`: where each sequence's prompt ends, from where on it goes token by token.
+        """
+        ends = decode_from or [len(tokens) for tokens in sequences]
         choice = random.Random(self.seed)
         self.allocate(sequences, choice)
         done = [0] * len(sequences)
@@ -35,7 +45,7 @@ class PagedRun:
             size = {
                 i: min(
                     choice.choice([1, 1, longest_chunk, choice.randint(1, longest_chunk)]),
-                    len(sequences[i]) - done[i],
+                    max(ends[i] - done[i], 1),
                 )
                 for i in rows
             }
@@ -54,9 +64,11 @@ class PagedRun:
         free = list(range(sum(needed) + 5))
         choice.shuffle(free)
         self.tables = [[free.pop() for _ in range(n)] for n in needed]
-        attn = spec.layers[0].attn
-        shape = (sum(needed) + 5, len(spec.layers), 2, size, attn.kv_heads, attn.head_dim)
-        self.kv = torch.full(shape, torch.nan, dtype=self.kv_dtype)
+        cached = spec.cached()
+        self.num_blocks = sum(needed) + 5
+        shape = (self.num_blocks, kv_cache.block_elements(cached, size, self.kv_dtype))
+        cache = torch.full(shape, torch.nan, dtype=self.kv_dtype)
+        self.kv = kv_cache.layer_views(cache, cached, size)
         self.backend = choose(pick("cpu"), spec, self.kv_dtype, size)
 
     def step(
@@ -64,9 +76,7 @@ class PagedRun:
     ) -> Tensor:
         """One forward of `counts` tokens of each row."""
         batch = self.batch(sequences, rows, starts, counts)
-        return self.model.decoder.forward(
-            batch, list(self.kv.unbind(1)), self.backend, self.backend.plan(batch)
-        )
+        return self.model.decoder.forward(batch, self.kv, self.backend, self.backend.plan(batch))
 
     def batch(
         self, sequences: list[list[int]], rows: list[int], starts: list[int], counts: list[int]
@@ -75,7 +85,7 @@ class PagedRun:
         spans = [range(a, a + n) for a, n in zip(starts, counts, strict=True)]
         lens = [span.stop for span in spans]
         width = max(-(-n // size) for n in lens)
-        pad = next(b for b in range(self.kv.shape[0]) if not any(b in t for t in self.tables))
+        pad = next(b for b in range(self.num_blocks) if not any(b in t for t in self.tables))
         tables = [(self.tables[i] + [pad] * width)[:width] for i in rows]
         slots = [
             self.tables[i][p // size] * size + p % size

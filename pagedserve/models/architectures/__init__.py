@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 from pagedserve.errors import StartupError
-from pagedserve.models.architectures import gpt2, llama, mistral, qwen2, qwen3
 from pagedserve.models.architectures.registry import ARCHITECTURES
 from pagedserve.models.architectures.values import check_values
 from pagedserve.spec import DecoderSpec
 
-__all__ = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "spec_of", "supported"]
+for each in pkgutil.iter_modules(__path__):  # a family registers itself; no list to forget it in
+    importlib.import_module(f"{__name__}.{each.name}")
 
 
 def supported() -> list[str]:
@@ -18,21 +21,25 @@ def supported() -> list[str]:
     return sorted(ARCHITECTURES)
 
 
-def spec_of(config: dict[str, Any]) -> DecoderSpec:
+def spec_of(
+    config: dict[str, Any], wrap: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> DecoderSpec:
     """The spec of a config.json as `config_json.read` returns it.
+
+    `wrap` makes what the family's function gets, for who wants to know what it reads.
 
     Raises StartupError for an architecture that is not known, a key that is not there, and a value
     of the wrong type or that the family's function refuses.
     """
     name = architecture(config)
-    build = ARCHITECTURES.get(name)
-    if build is None:
+    family = ARCHITECTURES.get(name)
+    if family is None:
         raise StartupError(
             f"architecture {name} is not supported; supported: {', '.join(supported())}"
         )
     check_values(config, f"config.json of {name}")
     try:
-        return build(config)
+        return family.build(wrap(config))
     except KeyError as missing:
         raise StartupError(f"config.json of {name} lacks {missing}") from missing
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:

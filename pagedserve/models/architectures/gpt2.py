@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pagedserve.errors import StartupError
-from pagedserve.models.architectures.llama import Config, activation
-from pagedserve.models.architectures.registry import arch
-from pagedserve.spec import Attn, DecoderSpec, Layer, Mlp, Norm
+from pagedserve.models.architectures.llama import activation
+from pagedserve.models.architectures.registry import Config, arch
+from pagedserve.spec import Attn, DecoderSpec, Layer, Mlp, Norm, Positions
 
 NAMES = {
     "embed": "transformer.wte",
@@ -20,6 +20,8 @@ NAMES = {
     "up": "mlp.c_fc",
     "down": "mlp.c_proj",
 }
+BIASES = frozenset({"final_norm", "pre_attn", "qkv", "out", "pre_ffn", "up", "down"})
+CAUSAL_MASKS = (r"\.attn\.(bias|masked_bias)$",)
 
 
 @arch("GPT2LMHeadModel")
@@ -33,7 +35,7 @@ def gpt2(c: Config) -> DecoderSpec:
         scale = (hidden // heads) ** -0.5 if c.get("scale_attn_weights", True) else 1.0
         if c.get("scale_attn_by_inverse_layer_idx"):
             scale /= i + 1
-        return Layer(Attn(heads, heads, hidden // heads, scale, packed=True), ffn)
+        return Layer(Attn(heads, heads, hidden // heads, scale, packed="qkv"), ffn)
 
     return DecoderSpec(
         hidden_size=hidden,
@@ -43,9 +45,9 @@ def gpt2(c: Config) -> DecoderSpec:
         norm=Norm("layer", c["layer_norm_epsilon"]),
         names=NAMES,
         prefix="transformer.",
-        biases=frozenset({"final_norm", "pre_attn", "qkv", "out", "pre_ffn", "up", "down"}),
-        buffers=(r"\.attn\.(bias|masked_bias)$",),
-        learned_positions=c["n_positions"],
+        biases=BIASES,
+        ignored=CAUSAL_MASKS,
+        positions=Positions("learned", c["n_positions"]),
         tied_head=c.get("tie_word_embeddings", True),
         transposed=True,
     )

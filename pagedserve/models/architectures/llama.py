@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from pagedserve.errors import StartupError
-from pagedserve.models.architectures.registry import arch
-from pagedserve.spec import Attn, DecoderSpec, Layer, Mlp, Norm, Rope
-
-Config = dict[str, Any]
+from pagedserve.models.architectures.registry import Config, arch
+from pagedserve.spec import Act, Attn, DecoderSpec, Layer, Mlp, Norm, Rope
 
 NAMES = {
     "embed": "model.embed_tokens",
@@ -26,24 +24,26 @@ NAMES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 QKV, OUT, MLP = frozenset({"q", "k", "v"}), frozenset({"out"}), frozenset({"gate", "up", "down"})
 
-ACTS: dict[str, Literal["silu", "gelu_tanh"]] = {
+ACTS: dict[str, Act] = {
     "silu": "silu",
     "swish": "silu",
+    "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "xielu": "xielu",
 }
 
 
-@arch("LlamaForCausalLM")
+@arch("LlamaForCausalLM", "LLaMAForCausalLM", "YiForCausalLM")
 def llama(c: Config) -> DecoderSpec:
-    biases: frozenset[str] = frozenset()
-    if c.get("attention_bias"):
-        biases |= QKV | OUT
-    if c.get("mlp_bias"):
-        biases |= MLP
-    return decoder(c, biases=biases)
+    return decoder(c, biases=biases(c))
 
 
 def decoder(
@@ -51,15 +51,17 @@ def decoder(
 ) -> DecoderSpec:
     """Llama with what differs: `layer(i)` for its layers, `changes` for the spec's other fields."""
     build = layer or (lambda i: Layer(attn(c), mlp(c)))
+    positions: int = c["max_position_embeddings"]
     fields: dict[str, Any] = {
         "hidden_size": c["hidden_size"],
         "vocab_size": c["vocab_size"],
-        "max_positions": c["max_position_embeddings"],
+        "max_positions": positions,
+        "stretched_positions": stretched(c, positions),
         "layers": tuple(build(i) for i in range(c["num_hidden_layers"])),
         "norm": rms(c),
         "names": NAMES,
         "prefix": "model.",
-        "buffers": (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",),
+        "ignored": (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",),
         "tied_head": c.get("tie_word_embeddings", False),
     }
     return DecoderSpec(**{**fields, **changes})
@@ -68,33 +70,68 @@ def decoder(
 def attn(c: Config, **changes: Any) -> Attn:
     """Llama's attention with what differs."""
     heads = c["num_attention_heads"]
-    head_dim = c.get("head_dim") or c["hidden_size"] // heads
     fields: dict[str, Any] = {
         "heads": heads,
         "kv_heads": c.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
-        "scale": head_dim**-0.5,
-        "rope": rope(c, head_dim),
+        "head_dim": head_dim(c),
+        "scale": head_dim(c) ** -0.5,
     }
+    if "rope" not in changes:
+        fields["rope"] = rope(c)
     return Attn(**{**fields, **changes})
 
 
-def rope(c: Config, head_dim: int) -> Rope:
-    """From `rope_parameters`, which `config_json.read` has filled in whatever the file's age."""
+def head_dim(c: Config) -> int:
+    """Its own, or the heads share the hidden size."""
+    size: int = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    return size
+
+
+def rope(c: Config, kind: str | None = None, *, dim: int | None = None, **changes: Any) -> Rope:
+    """From `rope_parameters`, which `config_json.read` has filled in whatever the file's age.
+
+    `kind`: of layer, where each has its own. `dim`: numbers that the rotated share is of, if not
+    the head's.
+    """
     parameters = c["rope_parameters"]
-    return Rope(
-        theta=parameters["rope_theta"],
-        dim=int(head_dim * parameters.get("partial_rotary_factor", 1.0)),
-        scaling=parameters if parameters["rope_type"] != "default" else {},
-    )
+    if kind is not None and kind in parameters:
+        parameters = parameters[kind]
+    if "rope_type" not in parameters:
+        raise StartupError("config.json: rope_parameters must be one flat object, for all layers")
+    fields: dict[str, Any] = {
+        "theta": parameters["rope_theta"],
+        "dim": int((dim or head_dim(c)) * parameters.get("partial_rotary_factor", 1.0)),
+        "scaling": parameters if parameters["rope_type"] != "default" else {},
+    }
+    return Rope(**{**fields, **changes})
 
 
-def mlp(c: Config) -> Mlp:
-    """Llama's feed-forward."""
-    return Mlp(c["intermediate_size"], activation(c["hidden_act"]))
+def stretched(c: Config, positions: int) -> int | None:
+    """How far scalings that adapt to the context reach beyond the trained positions, if asked."""
+    parameters = c["rope_parameters"]
+    if parameters.get("rope_type") != "dynamic":
+        return None
+    return int(positions * parameters["factor"])
 
 
-def activation(name: str) -> Literal["silu", "gelu_tanh"]:
+def kinds(c: Config) -> list[str]:
+    """Every layer's kind, "full_attention" or "sliding_attention"."""
+    given = c.get("layer_types")
+    if given:
+        return list(given)
+    kind = "sliding_attention" if c.get("sliding_window") else "full_attention"
+    return [kind] * c["num_hidden_layers"]
+
+
+def mlp(c: Config, **changes: Any) -> Mlp:
+    """Llama's feed-forward with what differs."""
+    fields: dict[str, Any] = {"size": c["intermediate_size"]}
+    if "act" not in changes:
+        fields["act"] = activation(c["hidden_act"])
+    return Mlp(**{**fields, **changes})
+
+
+def activation(name: str) -> Act:
     """Our word for a checkpoint's. Raises StartupError for one that is not known."""
     if name not in ACTS:
         raise StartupError(f"activation {name!r} is not supported; supported: {', '.join(ACTS)}")
@@ -103,4 +140,14 @@ def activation(name: str) -> Literal["silu", "gelu_tanh"]:
 
 def rms(c: Config) -> Norm:
     """Llama's norm."""
-    return Norm(eps=c["rms_norm_eps"])
+    return Norm(eps=c.get("rms_norm_eps", 1e-6))
+
+
+def biases(c: Config) -> frozenset[str]:
+    """Llama's options."""
+    found: frozenset[str] = frozenset()
+    if c.get("attention_bias"):
+        found |= QKV | OUT
+    if c.get("mlp_bias"):
+        found |= MLP
+    return found

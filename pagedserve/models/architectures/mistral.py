@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pagedserve.models.architectures.llama import Config, attn, decoder, mlp
-from pagedserve.models.architectures.registry import arch
+from pagedserve.models.architectures.llama import attn, decoder, mlp
+from pagedserve.models.architectures.registry import Config, arch
 from pagedserve.spec import DecoderSpec, Layer
 
 DEFAULT_WINDOW = 4096  # of a config.json that says nothing; null there means no window

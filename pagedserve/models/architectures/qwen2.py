@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pagedserve.models.architectures.llama import QKV, Config, attn, decoder, mlp
-from pagedserve.models.architectures.registry import arch
+from pagedserve.models.architectures.llama import QKV, attn, decoder, mlp
+from pagedserve.models.architectures.registry import Config, arch
 from pagedserve.spec import DecoderSpec, Layer
 
 

@@ -26,9 +26,49 @@ SIZES = (
     "n_layer",
     "n_head",
     "n_positions",
+    "d_model",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "num_kv_heads",
+    "num_layers",
+    "num_heads",
+    "n_layers",
+    "n_heads",
+    "attention_heads",
+    "max_seq_len",
+    "seq_length",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
 )
 COUNTS = ("sliding_window", "max_window_layers")  # of layers that may not slide at all
-NUMBERS = ("rms_norm_eps", "layer_norm_epsilon")
+NUMBERS = (
+    "rms_norm_eps",
+    "layer_norm_epsilon",
+    "layer_norm_eps",
+    "norm_epsilon",
+    "norm_eps",
+    "partial_rotary_factor",
+    "rope_theta",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
+    "query_pre_attn_scalar",
+    "routed_scaling_factor",
+    "clip_qkv",
+)
 FLAGS = (
     "tie_word_embeddings",
     "attention_bias",
@@ -39,10 +79,30 @@ FLAGS = (
     "add_cross_attention",
 )
 # null there is as good as leaving it out, or says that there is none
-MAY_BE_NULL = frozenset(("num_key_value_heads", "head_dim", "n_inner", *COUNTS, *FLAGS))
+MAY_BE_NULL = frozenset(
+    (
+        "num_key_value_heads",
+        "num_kv_heads",
+        "head_dim",
+        "n_inner",
+        "ffn_hidden_size",
+        "q_lora_rank",
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "clip_qkv",
+        "partial_rotary_factor",
+        "rope_theta",
+        "logit_scale",
+        *COUNTS,
+        *FLAGS,
+    )
+)
 # What each rope type reads; one that is not here is refused by the layer that would compute it.
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings"),
     "llama3": (
         "factor",
         "low_freq_factor",
@@ -63,7 +123,9 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
         for key in keys:
             if key in config and not (config[key] is None and key in MAY_BE_NULL):
                 check(key, config[key], where, is_right, words)
-    check_rope(config.get("rope_parameters") or {}, where)
+    rope = config.get("rope_parameters") or {}
+    for one in [rope] if "rope_type" in rope else rope.values():
+        check_rope(one, where)
 
 
 def check_rope(rope: Mapping[str, Any], where: str) -> None:
@@ -72,6 +134,8 @@ def check_rope(rope: Mapping[str, Any], where: str) -> None:
     for key in ("rope_theta", "partial_rotary_factor", *needed):
         if key in rope or key in needed:
             check(key, rope.get(key), f"{where}: rope", is_positive, "a positive number")
+    for key in ("short_factor", "long_factor") if rope.get("rope_type") == "longrope" else ():
+        check(key, rope.get(key), f"{where}: rope", is_numbers, "a list of positive numbers")
 
 
 def check(key: str, value: Any, where: str, is_right: Callable[[Any], bool], words: str) -> None:
@@ -94,6 +158,10 @@ def is_number(value: Any) -> bool:
 
 def is_positive(value: Any) -> bool:
     return is_number(value) and bool(value > 0)
+
+
+def is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_positive, value))
 
 
 def is_flag(value: Any) -> bool:

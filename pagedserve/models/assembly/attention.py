@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pagedserve.layers.attention import Attention, alibi_slopes
+from pagedserve.layers.attention import Attention, QkNorm, alibi_slopes
 from pagedserve.layers.linear import Linear, Mapping
 from pagedserve.layers.mla import LatentAttention, Query
-from pagedserve.layers.norm import AllHeadsNorm, HeadNorm, Normalize
+from pagedserve.layers.norm import AllHeadsNorm, HeadNorm
 from pagedserve.models.assembly.packing import attention_rows, halves
 from pagedserve.models.assembly.reader import Reader, Rows
 from pagedserve.spec import Attn, DecoderSpec, Matmul, Mla, QueryScale, Rope
@@ -73,7 +73,7 @@ def attention(reader: Reader, i: int, shared: Shared) -> Mixer | None:
         rotary=None if spec.rope is None else shared.ropes.index(spec.rope),
         query_scale=place,
         norm_qk=None if spec.qk_norm is None else norm_qk(reader, spec, i),
-        out_norm=spec.out_norm and reader.norm_of("out_norm", width, spec.out_norm, i),
+        out_norm=reader.optional_norm("out_norm", width, spec.out_norm, i),
         slopes=slopes,
         sinks=sinks,
     )
@@ -90,7 +90,7 @@ def query_key_value(reader: Reader, attn: Attn, i: int) -> Linear:
     return reader.stacked(parts, reader.spec.hidden_size, i)
 
 
-def norm_qk(reader: Reader, attn: Attn, i: int) -> Normalize:
+def norm_qk(reader: Reader, attn: Attn, i: int) -> QkNorm:
     """The norm of q and k, in our order of numbers."""
     norm, order = attn.qk_norm, halves(attn.rope, attn.head_dim)
     assert norm is not None
@@ -144,7 +144,7 @@ def whole_heads(order: Tensor | None, heads: int, head_dim: int) -> Tensor | Non
 def latent_attention(
     reader: Reader, mla: Mla, i: int, shared: Shared, query_scale: int | None
 ) -> LatentAttention:
-    """DeepSeek's; its rotated numbers in our order, and kv_b split into what keys and values get."""
+    """Its rotated numbers in our order, and kv_b split into what keys and what values get."""
     hidden, per_head = reader.spec.hidden_size, mla.nope_dim + mla.rope.dim
     order = halves(mla.rope, mla.rope.dim)
     q_rows = kv_rows = None

@@ -38,7 +38,7 @@ def mlp(reader: Reader, spec: Mlp, i: int, prefix: str = "") -> FeedForward:
         up = reader.linear({f"{prefix}gate_up": 2 * spec.size}, hidden, i)
     else:
         up = reader.linear({f"{prefix}gate": spec.size, f"{prefix}up": spec.size}, hidden, i)
-    inner = spec.inner_norm and reader.norm_of(f"{prefix}inner_norm", spec.size, spec.inner_norm, i)
+    inner = reader.optional_norm(f"{prefix}inner_norm", spec.size, spec.inner_norm, i)
     down = reader.linear({f"{prefix}down": hidden}, spec.size, i)
     return FeedForward(up, down, activate(reader, spec, i), inner)
 

@@ -94,6 +94,12 @@ class Reader:
             return None
         return self.norm_of(role, self.spec.hidden_size, norm or self.spec.norm, i)
 
+    def optional_norm(
+        self, role: str, size: int, norm: Norm | None, i: int | None
+    ) -> Normalize | None:
+        """`norm_of`, if there is such a norm."""
+        return None if norm is None else self.norm_of(role, size, norm, i)
+
     def norm_of(
         self, role: str, size: int, norm: Norm, i: int | None, rows: Tensor | None = None
     ) -> Normalize:
@@ -135,9 +141,7 @@ class Reader:
         start = 0
         for part in parts:
             at = slice(start, start + part.count)
-            self.read(
-                part.role, weight[at], i, rows=part.index, transposed=self.spec.transposed
-            )
+            self.read(part.role, weight[at], i, rows=part.index, transposed=self.spec.transposed)
             if bias is not None and part.role in biased:
                 self.read(part.role, bias[at], i, part="bias", rows=part.index)
             start += part.count

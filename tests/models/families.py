@@ -1,0 +1,64 @@
+"""Every native family as a tiny random checkpoint, and who says what its logits should be.
+
+A case is a transformers model type with what makes its tiny config. Lengths are odd, heads grouped,
+windows short, so that a wrong order, a missing head or a window off by one moves the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """`family`: transformers' model type. `config`: its tiny config, over `checkpoints.COMMON`.
+
+    `context`: what `--max-model-len` says, for scalings that depend on it. `lengths`: of prompts.
+    """
+
+    family: str
+    config: dict[str, Any] = field(default_factory=dict)
+    context: int | None = None
+    lengths: tuple[int, ...] = (37, 61)
+    block_size: int = 5
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+}
+CASES: dict[str, Case] = {
+    "llama": Case("llama"),
+    "llama tied": Case("llama", {"tie_word_embeddings": True}),
+    "llama with rope llama3": Case("llama", {"rope_parameters": LLAMA3}),
+    "mistral": Case("mistral", {"sliding_window": 11}),
+    "qwen2": Case("qwen2"),
+    "qwen3": Case("qwen3", {"head_dim": 24}),
+    "gpt2": Case("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}),
+    "gemma": Case("gemma", {"head_dim": 16}),
+    "gemma2": Case("gemma2", {"head_dim": 16, "sliding_window": 8}),
+    "gemma3": Case("gemma3_text", {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7}),
+    "mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek v2": Case("deepseek_v2", LATENT),
+    "deepseek v3": Case("deepseek_v3", LATENT),
+}
