@@ -5,19 +5,28 @@ The one room that asks which hardware there is. Everything above holds a `Device
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, float32
 from torch import dtype as Dtype
 
+from pagedserve import config
 from pagedserve.errors import StartupError
 from pagedserve.kernels import cpu, cpu_matrix, reference
 from pagedserve.kernels.experts import Experts, ExpertWeights, GroupedExperts, LoopedExperts
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
 from pagedserve.kernels.ops import Ops
+
+if TYPE_CHECKING:
+    from pagedserve.kernels.gpu import GpuKernels
+
+log = logging.getLogger("pagedserve")
 
 CGROUP_MEMORY = (  # limit, usage: version 2, then version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -142,7 +151,8 @@ class Cuda:
         return checkpoint_dtype
 
     def matrix(self, weight: Tensor) -> Matrix:
-        return PlainMatrix(weight)
+        kernels = self.kernels
+        return kernels.matrix(weight) if kernels is not None else PlainMatrix(weight)
 
     def experts(self, weights: ExpertWeights) -> Experts:
         if GroupedExperts.fits(weights):
@@ -150,7 +160,18 @@ class Cuda:
         return LoopedExperts.of(weights, self.matrix)
 
     def ops(self, dtype: Dtype) -> Ops:
-        return reference
+        kernels = self.kernels
+        return kernels.ops if kernels is not None else reference
+
+    @cached_property
+    def kernels(self) -> GpuKernels | None:
+        """Ours in Triton, which is imported only where there is a GPU to run them."""
+        if find_spec("triton") is None:
+            log.warning("triton is not installed: torch computes instead (slower)")
+            return None
+        from pagedserve.kernels.gpu import GpuKernels
+
+        return GpuKernels.on(self.torch, config.cache_directory())
 
 
 def pick(wanted: str = "auto") -> Device:

@@ -7,7 +7,7 @@ kernel was written for. No triton here: the list says what, the script knows how
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -20,6 +20,7 @@ class Variant:
     constants   constexpr arguments
     unaligned   pointers and integers that are not known to be multiples of 16
     sass        instructions that must be there ("HGMMA")
+    stack       bytes a thread that may spill; twice as many on GPUs older than 90
     capability  the oldest GPU it is meant for; kernels for 90 are not compiled for older ones
     """
 
@@ -34,3 +35,15 @@ class Variant:
     capability: int = 80
     gluon: bool = False
     maxnreg: int | None = None
+    stack: int = 0
+
+
+def older(variant: Variant) -> Variant:
+    """The same for GPUs before sm_90: without dependent launch, no instruction asked for."""
+    return replace(
+        variant,
+        label=f"{variant.label}, older",
+        constants={**variant.constants, "PDL": False},
+        sass=(),
+        capability=80,
+    )

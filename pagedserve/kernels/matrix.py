@@ -1,4 +1,9 @@
-"""What a linear layer needs of its matrix, and the plain one."""
+"""What a linear layer needs of its matrix, and the plain one.
+
+    x ── RMSNorm? ── · Wᵀ + bias? ── act(gate) · up? ── + residual? ── y
+
+A `FusedMatrix` takes all of it in one call, for a device where each step between is a launch.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pagedserve.kernels import reference, reference_fused
 
 
 class Matrix(Protocol):
@@ -27,6 +34,35 @@ class Matrix(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RmsWeight:
+    """An RMSNorm in front of a product. weight: [in], what is added to it already in it."""
+
+    weight: Tensor
+    eps: float
+
+
+class FusedMatrix(Matrix, Protocol):
+    """A matrix that also takes what stands before and behind its product."""
+
+    def fused(
+        self,
+        x: Tensor,
+        *,
+        norm: RmsWeight | None = None,
+        bias: Tensor | None = None,
+        gated: str | None = None,
+        limit: float = 7.0,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """residual + gate(rms_norm(x) · weightᵀ + bias), each part where it is given.
+
+        x: [T, in]; `gated` names an activation: the weight's rows are gate's, then up's, and the
+        result is act(gate) · up, half as wide; `limit` is of "clamped_silu".
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class PlainMatrix:
     """The weight itself, multiplied by torch."""
 
@@ -39,6 +75,24 @@ class PlainMatrix:
         if bias is None:
             return torch.addmm(residual, x, self.weight.t())
         return F.linear(x, self.weight, bias).add_(residual)
+
+    def fused(
+        self,
+        x: Tensor,
+        *,
+        norm: RmsWeight | None = None,
+        bias: Tensor | None = None,
+        gated: str | None = None,
+        limit: float = 7.0,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See `FusedMatrix.fused`."""
+        if norm is not None:
+            x = reference.rms_norm(x, norm.weight, norm.eps)
+        y = F.linear(x, self.weight, bias)
+        if gated is not None:
+            y = reference_fused.act_and_mul(y, gated, limit)
+        return y if residual is None else y.add_(residual)
 
     def tensors(self) -> list[Tensor]:
         return [self.weight]

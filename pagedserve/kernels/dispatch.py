@@ -1,0 +1,153 @@
+"""Which kernel computes a product: by rows, size and columns, as measured once.
+
+    rows   1 … 4     gemv, with the norm in front and what follows behind
+           5 … 64    split_k, with what follows
+           more      torch's library
+
+The built-in rules are those of one measurement (benchmarks/RESULTS.md). `tuning.measure` finds the
+fastest for the matrices of one model on the GPU at hand; a table on disk takes its findings from
+one start to the next and wins over the rules where it has an entry.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+log = logging.getLogger("pagedserve")
+
+FORMAT = 1
+GEMV_ROWS = 4
+SPLIT_ROWS = 64  # of what is fused behind the product
+PLAIN_SPLIT_ROWS = 32
+PROGRAMS_PER_PROCESSOR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Gemv:
+    """`gemv.gemv` and its blocks."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    kind: Literal["gemv"] = "gemv"
+
+
+@dataclass(frozen=True, slots=True)
+class SplitK:
+    """`split_k.split_k`, its blocks and shares."""
+
+    parts: int
+    block_n: int = 64
+    block_k: int = 128
+    num_warps: int = 4
+    num_stages: int = 4
+    kind: Literal["split_k"] = "split_k"
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """torch's own product, and kernels for what was to be fused."""
+
+    kind: Literal["library"] = "library"
+
+
+Choice = Gemv | SplitK | Library
+KINDS: dict[str, type[Gemv] | type[SplitK] | type[Library]] = {
+    "gemv": Gemv,
+    "split_k": SplitK,
+    "library": Library,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """x [rows, columns] · W [size, columns]ᵀ; `gated`: W has gate's `size` rows, then up's.
+
+    `rows` is the bucket that the table is kept by: the next power of two.
+    """
+
+    rows: int
+    size: int
+    columns: int
+    gated: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in a table."""
+        return f"{self.rows}x{self.size}x{self.columns}{'g' if self.gated else ''}"
+
+
+@dataclass(slots=True)
+class Table:
+    """Findings by `Product.key`, of one GPU: multiprocessors, and 90 for sm_90."""
+
+    processors: int
+    capability: int
+    findings: dict[str, Choice] = field(default_factory=dict)
+
+    def choose(self, product: Product) -> Choice:
+        """What was found for it, or what the rules say."""
+        return self.findings.get(product.key) or by_rule(product, self.processors, self.capability)
+
+
+def by_rule(product: Product, processors: int, capability: int) -> Choice:
+    """Without a measurement of this very product."""
+    rows, columns = product.rows, product.columns
+    if columns % 8 or rows > (SPLIT_ROWS if product.gated else PLAIN_SPLIT_ROWS):
+        return Library()
+    if rows <= GEMV_ROWS:
+        return gemv_blocks(product)
+    stages = 3 if product.gated else 4
+    if capability < 90:
+        stages -= 1  # a block has 99 KiB of shared memory on the smallest of them
+    return SplitK(parts=shares(product, processors), num_stages=stages)
+
+
+def gemv_blocks(product: Product) -> Gemv:
+    """About 32 sums a thread, and rows long enough for 16-byte loads."""
+    lines = 2 if product.gated else 1
+    most = {1: 4096, 2: 2048, 4: 1024}[product.rows] // lines
+    block_k = next((k for k in (2048, 1024) if k <= most and product.columns >= k), 512)
+    block_n = max(1, min(4, 2 * most // (2 * block_k)))
+    return Gemv(block_n, block_k, num_warps=min(4, block_k // 256))
+
+
+def shares(product: Product, processors: int) -> int:
+    """Into how many K is cut so that each multiprocessor has its programs, each two steps of it."""
+    blocks = -(-product.size // 64)
+    most = max(1, -(-product.columns // 128) // 2)
+    return max(1, min(processors * PROGRAMS_PER_PROCESSOR // blocks, most, 16))
+
+
+def findings(path: Path, identity: dict[str, Any]) -> dict[str, Choice]:
+    """What the table at `path` holds, nothing where it is another GPU's or version's."""
+    try:
+        held = json.loads(path.read_text())
+        if held["format"] != FORMAT or held["identity"] != identity:
+            return {}
+        return {key: decoded(one) for key, one in held["findings"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        log.warning("%s is not a table of kernels and is not used: %r", path, reason)
+        return {}
+
+
+def save(table: Table, path: Path, identity: dict[str, Any]) -> None:
+    """Written beside and moved, so that a reader finds the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = {key: asdict(one) for key, one in sorted(table.findings.items())}
+    held = {"format": FORMAT, "identity": identity, "findings": found}
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(held, indent=1))
+    os.replace(unfinished, path)
+
+
+def decoded(one: dict[str, Any]) -> Choice:
+    """A finding from JSON."""
+    return KINDS[one["kind"]](**one)

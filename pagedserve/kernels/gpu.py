@@ -1,0 +1,53 @@
+"""Everything of ours that a GPU runs, put together once for a device: the door for `device`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from pagedserve.kernels import dispatch, gpu_matrix, gpu_ops, launch
+from pagedserve.kernels.matrix import Matrix, PlainMatrix
+from pagedserve.kernels.ops import Ops
+from pagedserve.kernels.split_k import Scratch
+
+TABLE = "products.json"
+
+
+@dataclass(frozen=True, slots=True)
+class GpuKernels:
+    """`scratch` is shared by all products of a device's stream, `table` says how they are done."""
+
+    scratch: Scratch
+    table: dispatch.Table
+    ops: Ops = gpu_ops
+
+    @classmethod
+    def on(cls, device: torch.device, cache: Path) -> GpuKernels:
+        """Takes 32 MiB of `device`; reads what `tuning` once found out about it from `cache`."""
+        index = device.index or 0
+        table = dispatch.Table(
+            launch.processors(index),
+            launch.capability(index),
+            dispatch.findings(cache / TABLE, identity(device)),
+        )
+        return cls(Scratch.on(device), table)
+
+    def matrix(self, weight: Tensor) -> Matrix:
+        """`weight` [out, in] as it is; float32 by torch alone, which is exact there."""
+        if not gpu_matrix.fits(weight):
+            return PlainMatrix(weight)
+        return gpu_matrix.GpuMatrix(weight, self.scratch, self.table)
+
+
+def identity(device: torch.device) -> dict[str, Any]:
+    """What a finding holds for: this GPU and these versions."""
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+    }
