@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from pagedserve.device import pick
 from pagedserve.kernels import reference as ops
 from pagedserve.layers.embedding import Embedding
-from pagedserve.layers.linear import Linear
 from pagedserve.layers.forward import Forward
+from pagedserve.layers.linear import Linear
 from pagedserve.layers.mlp import FeedForward, activation
 from pagedserve.layers.norm import HeadNorm, normalize
 from pagedserve.spec import Norm
