@@ -18,7 +18,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pagedserve.errors import RequestError, StartupError, shorten
-from pagedserve.text.tokenizer import Tokenizer, read_json
+from pagedserve.text.files import read_json
+from pagedserve.text.tokenizer import Tokenizer
 
 NO_TEMPLATE = (
     "this model has no chat template, so messages cannot be turned into a prompt; "

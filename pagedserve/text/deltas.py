@@ -6,6 +6,7 @@ The room knows no HTTP and no engine; tokens are pushed in, and the caller looks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagedserve.request import FinishReason, SamplingParams
@@ -36,11 +37,14 @@ class Delta:
 class TextStream:
     """Detokenising, stop strings and the finish reason of one sequence.
 
-    Without a tokenizer, or with `detokenize` off, all text is empty. A token that ends the answer
+    The text is what the answer adds to that of `prompt`, the ids before it. Without a tokenizer, or
+    with `detokenize` off, all text is empty. A token that ends the answer
     is counted and listed but writes no text, unless `include_stop_str_in_output`.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams):
+    def __init__(
+        self, tokenizer: Tokenizer | None, params: SamplingParams, prompt: Sequence[int] = ()
+    ):
         self._include = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._stop_token_ids = params.stop_token_ids
@@ -48,7 +52,7 @@ class TextStream:
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None and params.detokenize:
             self._detokenizer = detokenizer(
-                tokenizer, skip_special_tokens=params.skip_special_tokens
+                tokenizer, skip_special_tokens=params.skip_special_tokens, after=prompt
             )
         self._stops = StopMatcher(params.stop, include=self._include) if params.stop else None
         self._num_chars = 0

@@ -2,14 +2,18 @@
 
 The contract of every class here: pieces never hold half a character; `push` costs the same however
 long the text already is; and the pieces of all tokens, with `finish` at the end, concatenate to
-`Tokenizer.decode(all ids)`. One exception, where the library cannot be followed by any stream: when
-a run of byte tokens turns out to be invalid UTF-8 it replaces the run's *earlier, complete*
-characters too; here they stay.
+`Tokenizer.decode(all ids)`, or, after a prompt, to what those ids add to the prompt's text. That
+differs where a decoder takes a space off the beginning of a text: an answer that goes on from a
+prompt keeps its own. One exception, where the library cannot be followed by any stream: when a run
+of byte tokens turns out to be invalid UTF-8 it replaces the run's *earlier, complete* characters
+too; here they stay.
 """
 
 from __future__ import annotations
 
 import codecs
+import itertools
+from collections.abc import Sequence
 from typing import Protocol
 
 from pagedserve.text.tokenizer import Tokenizer, clean_up
@@ -39,23 +43,34 @@ class Detokenizer(Protocol):
         """What is left, with U+FFFD for a character that never became whole."""
 
 
-def detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> Detokenizer:
-    """A fresh detokenizer of the kind that `tokenizer` needs."""
+def detokenizer(
+    tokenizer: Tokenizer, *, skip_special_tokens: bool = True, after: Sequence[int] = ()
+) -> Detokenizer:
+    """A fresh detokenizer of the kind that `tokenizer` needs, for what follows the ids `after`."""
     kind = PieceDetokenizer if tokenizer.pieces.exact else WindowDetokenizer
-    inner: Detokenizer = kind(tokenizer, skip_special_tokens)
+    inner: Detokenizer = kind(tokenizer, skip_special_tokens, after)
     return CleaningDetokenizer(inner) if tokenizer.cleans_up else inner
 
 
 class PieceDetokenizer:
     """For decoders that a table of pieces describes: a lookup and a UTF-8 decoder."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, after: Sequence[int] = ()):
         self._pieces = tokenizer.pieces
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         policy = "replace" if self._pieces.byte_level else "pagedserve.each_byte"
         self._utf8 = Utf8Decoder(policy)
         self._strip = self._pieces.strip_first
         self._first = True
+        self._begin(after)
+
+    def _begin(self, after: Sequence[int]) -> None:
+        """Go through the beginning of `after`, as far as it decides how later tokens are read."""
+        for token_id in after:
+            if not self._first and not self._strip:
+                break
+            self.push(token_id)
+        self._utf8.reset()
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
@@ -94,16 +109,24 @@ class WindowDetokenizer:
                 └── decode ──┘   minus   decode(context)   =   the new text
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, after: Sequence[int] = ()):
         self._backend = tokenizer.backend
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._context: list[int] = []
+        self._context: list[int] = self._last_written(after)
         self._pending: list[int] = []
 
-    def push(self, token_id: int) -> str:
+    def _last_written(self, ids: Sequence[int]) -> list[int]:
+        """The last few of `ids` that write anything."""
+        writing = (id for id in reversed(ids) if self._writes(id))
+        return list(itertools.islice(writing, CONTEXT_TOKENS))[::-1]
+
+    def _writes(self, token_id: int) -> bool:
         # Skipped here and not by the decoder: a window of nothing but skipped tokens has no text to
         # subtract, and decoders treat the first token they see differently.
-        if token_id in self._skipped or self._backend.id_to_token(token_id) is None:
+        return token_id not in self._skipped and self._backend.id_to_token(token_id) is not None
+
+    def push(self, token_id: int) -> str:
+        if not self._writes(token_id):
             return ""
         self._pending.append(token_id)
         return self._advance(force=len(self._pending) >= MAX_PENDING_TOKENS)

@@ -1,24 +1,24 @@
 """The tokenizer of a checkpoint: text to token ids and back, exactly as transformers does it.
 
-Built on the `tokenizers` library from three files of a model directory: `tokenizer.json` (the
-vocabulary and the algorithm), `tokenizer_config.json` and `special_tokens_map.json` (which tokens
-are special). The room knows nothing of models, requests or streams.
+Built on the `tokenizers` library from the files of a model directory, in any of the formats of
+`formats/`, and from the settings beside them (`files.py`). The room knows nothing of models,
+requests or streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from pagedserve.errors import RequestError, StartupError
+from pagedserve.text.files import added_tokens, more_specials, named_specials
+from pagedserve.text.formats import load_backend
+from pagedserve.text.formats.vocabulary import add_specials
 from pagedserve.text.pieces import PieceTable
 
-NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 # What `clean_up_tokenization_spaces` means, in transformers' order.
 CLEANED = (
     (" .", "."),
@@ -46,7 +46,8 @@ class Tokenizer:
         self.backend = backend
         self.config = dict(config or {})
         self.special_tokens = named_specials(self.config)
-        add_missing_tokens(backend, self.config, self.special_tokens)
+        specials = [*self.special_tokens.values(), *more_specials(self.config)]
+        add_missing_tokens(backend, self.config, specials)
         backend.no_truncation()
         backend.no_padding()
         self.special_ids = frozenset(
@@ -62,21 +63,18 @@ class Tokenizer:
         self.longest_token: int = max(map(len, backend.get_vocab()), default=1)
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Tokenizer:
-        """Load the tokenizer of a checkpoint. Raises StartupError saying what is missing."""
+    def from_directory(
+        cls,
+        path: str | Path,
+        class_defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Tokenizer:
+        """Load the tokenizer of a checkpoint. Raises StartupError saying what is missing.
+
+        `class_defaults`: what the code of checkpoints knows and their files do not say, by
+        `tokenizer_class` (see `formats`).
+        """
         directory = Path(path)
-        file = directory / "tokenizer.json"
-        if not file.is_file():
-            raise StartupError(
-                f"there is no tokenizer.json in {directory}; give another directory with "
-                "--tokenizer, or convert the tokenizer once with transformers' save_pretrained"
-            )
-        try:
-            backend = Backend.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise StartupError(f"{file} cannot be read: {error}") from error
-        config = read_json(directory / "special_tokens_map.json")
-        config.update(read_json(directory / "tokenizer_config.json"))
+        backend, config = load_backend(directory, class_defaults or {})
         try:
             return cls(backend, config)
         except (TypeError, ValueError, AttributeError) as error:
@@ -134,49 +132,13 @@ def clean_up(text: str) -> str:
     return text
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, empty when there is no such file. Raises StartupError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = msgspec.json.decode(path.read_bytes())
-    except OSError as error:
-        raise StartupError(f"{path} cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
-        raise StartupError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise StartupError(f"{path} must hold a JSON object")
-    return value
-
-
-def token_text(value: Any) -> str | None:
-    """The text of a token as configs write it: a string, or an object with `content`."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def named_specials(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that have a name, by name."""
-    named = {name: token_text(config.get(name)) for name in NAMED_SPECIALS}
-    return {name: text for name, text in named.items() if text is not None}
-
-
 def add_missing_tokens(
-    backend: Backend, config: Mapping[str, Any], specials: Mapping[str, str]
+    backend: Backend, config: Mapping[str, Any], specials: Iterable[str]
 ) -> None:
-    """Add the tokens that only `tokenizer_config.json` knows of, as transformers does."""
+    """Add the tokens that only the settings know of, as transformers does."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    listed = config.get("added_tokens_decoder") or {}
-    for _, fields in sorted(listed.items(), key=lambda item: int(item[0])):
-        content = token_text(fields)
-        if content is None or content in known:
-            continue
-        flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
-        chosen = {flag: bool(fields[flag]) for flag in flags if flag in fields}
-        backend.add_tokens([AddedToken(content, **chosen)])
-        known.add(content)
-    missing = [text for text in specials.values() if text not in known]
-    backend.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in dict.fromkeys(missing)]
-    )
+    for _, token in added_tokens(config):
+        if token.content not in known:
+            backend.add_tokens([token])
+            known.add(token.content)
+    add_specials(backend, [text for text in specials if text not in known])

@@ -138,6 +138,43 @@ def test_the_window_agrees_with_the_table(text: str) -> None:
     assert "".join([*map(window.push, ids), window.finish()]) == BYTE_LEVEL.decode(ids)
 
 
+@pytest.mark.parametrize("tokenizer", [FUSED, METASPACE, BYTE_LEVEL, WORD_PIECE])
+@given(data=st.data(), skip=st.booleans())
+def test_an_answer_is_what_it_adds_to_its_prompt(
+    tokenizer: Tokenizer, data: st.DataObject, skip: bool
+) -> None:
+    prompt, answer = (
+        [id for id in data.draw(ids_of(tokenizer)) if not cut_bytes(tokenizer, id)]
+        for _ in range(2)
+    )
+    before, whole = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + answer, skip)
+    stream = detokenizer(tokenizer, skip_special_tokens=skip, after=prompt)
+    assert before + "".join([*map(stream.push, answer), stream.finish()]) == whole
+
+
+def cut_bytes(tokenizer: Tokenizer, id: int) -> bool:
+    """Whether token `id` may write a part of a character."""
+    try:
+        tokenizer.token_bytes(id).decode()
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
+def test_a_space_at_the_border_of_prompt_and_answer_stays() -> None:
+    hello = FUSED.backend.token_to_id("▁hello")
+    bos = FUSED.backend.token_to_id(BOS)
+    for prompt, text in (([], "hello"), ([bos], "hello"), ([bos, hello], " hello")):
+        stream = detokenizer(FUSED, after=prompt)
+        assert stream.push(hello) == text
+
+
+def test_half_a_character_at_the_end_of_a_prompt_is_not_the_answers() -> None:
+    first = BYTE_LEVEL.encode("€", False)[0]
+    stream = detokenizer(BYTE_LEVEL, after=[first])
+    assert stream.push(BYTE_LEVEL.encode("a", False)[0]) == "a"
+
+
 @given(data=st.data())
 def test_cleaning_up_spaces_equals_cleaning_the_whole(data: st.DataObject) -> None:
     tokenizer = Tokenizer(word_piece(), {"clean_up_tokenization_spaces": True})
