@@ -18,19 +18,48 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.models.references import (
-    aquila,
     baichuan,
+    bailing_moe,
     chatglm,
     decilm,
-    internlm,
+    deepseek_moe,
+    exaone,
     internlm2,
+    jais,
+    llama,
+    minicpm,
+    mpt,
     nemotron_nas,
+    orion,
     qwen,
+    refined_web,
+    solar,
+    stablelm_epoch,
+    telechat2,
 )
 from tests.models.references.drawing import Weights
 
 Config = dict[str, Any]
-FAMILIES = (aquila, baichuan, chatglm, decilm, internlm, internlm2, nemotron_nas, qwen)
+FAMILIES = (
+    baichuan,
+    bailing_moe,
+    chatglm,
+    decilm,
+    deepseek_moe,
+    exaone,
+    internlm2,
+    jais,
+    llama,
+    minicpm,
+    mpt,
+    nemotron_nas,
+    orion,
+    qwen,
+    refined_web,
+    solar,
+    stablelm_epoch,
+    telechat2,
+)
 
 
 @dataclass(frozen=True)

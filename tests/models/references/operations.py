@@ -17,6 +17,7 @@ from tests.models.references.drawing import Weights
 
 Attention = Callable[[str, Tensor], Tensor]
 Norm = Callable[[str, Tensor], Tensor]
+Expert = Callable[[int, Tensor], Tensor]
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -31,10 +32,11 @@ def rms_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
-    """Ba et al. 2016, with the biased variance and a bias."""
+    """Ba et al. 2016, with the biased variance, and a bias where the checkpoint has one."""
     centred = x - x.mean(-1, keepdim=True)
     x = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
-    return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+    x = x * weights[f"{name}.weight"]
+    return x + weights[f"{name}.bias"] if f"{name}.bias" in weights else x
 
 
 def swiglu(weights: Weights, x: Tensor, *, gate: str, up: str, down: str) -> Tensor:
@@ -159,3 +161,21 @@ def rotary_attention(weights: Weights, dim: int, angle: Tensor, name: str, x: Te
     q, k, v = (heads(linear(weights, f"{name}.{part}_proj", x), dim) for part in "qkv")
     mixed = attend(rotate_halves(q, angle), rotate_halves(k, angle), v)
     return linear(weights, f"{name}.o_proj", mixed)
+
+
+def mixture(x: Tensor, chances: Tensor, top: int, expert: Expert, *, renormalise: bool) -> Tensor:
+    """Sum over the `top` likeliest experts of each token, weighted by their chances.
+
+    x: [T, hidden], chances: [T, experts] after the softmax over all. `renormalise`: the chances of
+    the chosen are first made to sum to one. `expert(number, token)` maps one [hidden] to another.
+    """
+    rows = []
+    for token, all_chances in zip(x, chances, strict=True):
+        best, chosen = all_chances.topk(top)
+        if renormalise:
+            best = best / best.sum()
+        pairs = zip(best, chosen.tolist(), strict=True)
+        rows.append(
+            torch.stack([chance * expert(number, token) for chance, number in pairs]).sum(0)
+        )
+    return torch.stack(rows)
