@@ -40,6 +40,7 @@ class ModelConfig:
         DEMO_MODEL, "directory or hub id of the model; the bundled demo if left out"
     )
     revision: str | None = option(None, "branch, tag or commit of a hub model")
+    offline: bool = option(False, "never use the network: hub models come from the cache")
     hf_overrides: dict[str, Any] | None = option(
         None, "JSON object merged into the model's config.json before it is read"
     )

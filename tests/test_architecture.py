@@ -26,6 +26,7 @@ PACKAGE = Path(__file__).parents[1] / "pagedserve"
 FLOORS = (
     ("__init__", "__main__"),
     ("cli",),
+    ("commands",),
     ("llm",),
     ("api",),
     ("engine",),
@@ -43,7 +44,7 @@ NOUNS = FLOORS[-1]
 
 KNOW_TEXT = ("text", "api", "llm", "cli")
 FREE_OF_TORCH = ("engine", "text", "api")
-API_PROCESS = ("cli", "api", "text")
+API_PROCESS = ("cli", "commands", "api", "text")
 READ_ENVIRONMENT = ("config", "device")
 MAX_LINES = 450
 

@@ -1,31 +1,41 @@
 """Find a model: a directory passes through, a hub id becomes one. No torch here.
 
-Nothing is fetched for a directory; for a hub id the local cache is asked first, and the network
-only where the cache has no whole snapshot.
+Nothing is fetched for a directory; for a hub id the local cache is asked first, without a request,
+and the network only where the cache has no whole snapshot. `pull` always asks the hub.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pagedserve.errors import StartupError
+from pagedserve.models.filenames import INDEX, SINGLE, TOKENIZER, lacking, listing, matches
 
-FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt"]
-SKIPPED = ["original/*", "consolidated*", "onnx/*"]  # the same weights again, in other forms
+if TYPE_CHECKING:
+    from pagedserve.models.download import Repo
+
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+BRANCH = "main"
+
+Tell = Callable[[str, str], None]  # a phase, and how far it is
 
 
 def resolve(
     model: str,
     revision: str | None = None,
-    on_progress: Callable[[str], None] | None = None,
+    *,
+    offline: bool = False,
+    weights: bool = True,
+    on_progress: Tell = lambda phase, detail: None,
 ) -> Path:
-    """The directory of `model`, downloaded first where needed.
+    """The directory of `model`, downloaded first where needed and not `offline`.
 
-    Raises StartupError, with what to do, where there is no such directory or hub model, where it is
-    not a model, and where the hub cannot be reached.
+    Without `weights`, which dummy ones replace, config and tokenizer are enough. Raises
+    StartupError, with what to do, where there is no such directory or hub model, where it is not a
+    model, and where the hub cannot be reached.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -34,9 +44,75 @@ def resolve(
         return path
     if path.exists():
         raise StartupError(f"{path} is a file; a model is a directory with config.json and weights")
-    if looks_like_path(model) or not HUB_ID.fullmatch(model):
+    found = repo(model)
+    commit = found.commit(revision or BRANCH)
+    if commit and not missing(found.snapshot(commit), weights=weights):
+        return found.snapshot(commit)
+    if offline:
+        lacks = missing(found.snapshot(commit), weights=weights) if commit else []
+        raise StartupError(not_cached(found, revision, lacks))
+    return fetched(found, revision, on_progress, weights=weights)
+
+
+def resolve_tokenizer(
+    name: str,
+    revision: str | None = None,
+    *,
+    offline: bool = False,
+    on_progress: Tell = lambda phase, detail: None,
+) -> Path:
+    """The directory of a tokenizer: as `resolve`, but there need be neither config nor weights."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise StartupError(f"{path} is a file; a tokenizer is a directory with its files")
+    found = repo(name)
+    commit = found.commit(revision or BRANCH)
+    snapshot = commit and found.snapshot(commit)
+    if snapshot and any(matches(each.name, TOKENIZER) for each in snapshot.glob("*")):
+        return snapshot
+    if offline:
+        raise StartupError(not_cached(found, revision))
+    return fetched(found, revision, on_progress, weights=False, config=False)
+
+
+def pull(
+    model: str,
+    revision: str | None = None,
+    *,
+    pickles: bool = False,
+    on_progress: Tell = lambda phase, detail: None,
+) -> Path:
+    """Bring what the hub has of `model` now into the cache; its directory. Raises StartupError."""
+    if Path(model).expanduser().exists():
+        raise StartupError(f"{model} is here already: only models of the hub are pulled")
+    return fetched(repo(model), revision, on_progress, pickles=pickles)
+
+
+def pulled(model: str, revision: str | None = None) -> Path:
+    """A directory, or what the cache has of a hub model, whole or not. Raises StartupError."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    found = repo(model)
+    commit = found.commit(revision or BRANCH)
+    if commit is None or not found.snapshot(commit).is_dir():
+        raise StartupError(
+            f"{model} is neither a directory nor in the cache; pagedserve pull {model} gets it"
+        )
+    return found.snapshot(commit)
+
+
+def repo(model: str) -> Repo:
+    """The hub model of this name. Raises StartupError for what can only be meant as a path."""
+    if looks_like_path(model) or not HUB_ID.fullmatch(model) or "--" in model or ".." in model:
         raise StartupError(f"there is no directory {model}")
-    return cached(model, revision) or download(model, revision, on_progress)
+    from huggingface_hub import constants
+
+    from pagedserve.models.download import Repo
+
+    return Repo(model, constants.ENDPOINT, Path(constants.HF_HUB_CACHE).expanduser())
 
 
 def looks_like_path(model: str) -> bool:
@@ -44,70 +120,79 @@ def looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
 
 
-def cached(model: str, revision: str | None) -> Path | None:
-    """The snapshot in the local cache if all of its files are there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def missing(snapshot: Path, *, weights: bool = True) -> list[str]:
+    """What a snapshot lacks of its config and the weights that it names."""
+    lacks = [name for name in ("config.json",) if not (snapshot / name).is_file()]
+    if not weights:
+        return lacks
+    if (snapshot / INDEX).is_file():
+        return lacks + lacking(snapshot / INDEX)
+    return lacks + [name for name in (SINGLE,) if not (snapshot / name).is_file()]
+
+
+def not_cached(found: Repo, revision: str | None, lacks: Sequence[str] = ()) -> str:
+    """Why a model cannot be had offline; `lacks`: what its snapshot has not."""
+    what = found.name + (f" at {revision}" if revision else "")
+    why = f"the cache {found.cache} has no {what}"
+    commit = found.commit(revision or BRANCH)
+    if lacks and commit and found.snapshot(commit).is_dir():
+        why = f"{found.snapshot(commit)} lacks {listing(list(lacks))}"
+    command = f"pagedserve pull {found.name}" + (f" --revision {revision}" if revision else "")
+    return f"--offline is set, and {why}; get it where there is network: {command}"
+
+
+def fetched(found: Repo, revision: str | None, on_progress: Tell, **options: bool) -> Path:
+    """Download, with `download`'s options, and explain what went wrong."""
+    from pagedserve.models.download import download
+    from pagedserve.models.fetch import client_error
+
+    def tell(detail: str) -> None:
+        on_progress(f"downloading {found.name}", detail)
 
     try:
-        path = Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return path if complete(path) else None
+        return download(found, revision or BRANCH, tell=tell, **options)
+    except (OSError, client_error()) as error:
+        raise StartupError(explained(found, revision, error)) from error
 
 
-def complete(snapshot: Path) -> bool:
-    """Whether a snapshot has its config and every weight file it names."""
-    index = snapshot / "model.safetensors.index.json"
-    if not (snapshot / "config.json").is_file():
-        return False
-    if index.is_file():
-        shards = set(re.findall(r'"([^"/]+\.safetensors)"', index.read_text()))
-        return all((snapshot / shard).is_file() for shard in shards)
-    return (snapshot / "model.safetensors").is_file()
-
-
-def download(model: str, revision: str | None, on_progress: Callable[[str], None] | None) -> Path:
-    """Fetch a snapshot from the hub, only the files that serving needs."""
-    from httpx import HTTPError
-    from huggingface_hub import snapshot_download
+def explained(found: Repo, revision: str | None, error: Exception) -> str:
+    """What an error of the hub or of the disk means, and what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    if on_progress:
-        on_progress(f"downloading {model} from the Hugging Face hub")
-    try:
-        found = snapshot_download(
-            model, revision=revision, allow_patterns=FILES, ignore_patterns=SKIPPED
+    model = found.name
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{model} is gated: accept its terms at {found.endpoint}/{model}, then log in "
+            "(hf auth login, or HF_TOKEN)"
         )
-    except GatedRepoError as error:
-        raise StartupError(
-            f"{model} is gated: accept its terms on the hub, then log in (hf auth login)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise StartupError(f"{model} has no revision {revision!r} on the hub") from error
-    except RepositoryNotFoundError as error:
-        raise StartupError(
+    if isinstance(error, RevisionNotFoundError):
+        return f"{model} has no revision {revision or BRANCH!r} on the hub"
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        return (
             f"there is no directory {model}, and no hub model of this name that this machine may "
-            "read; check the name, or log in (hf auth login) if it is private"
-        ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, HTTPError) as error:
-        raise StartupError(
-            f"there is no directory {model}, and the Hugging Face hub cannot be reached for it; "
-            "give a directory, or download it where there is network (hf download) and copy it"
-        ) from error
-    except OSError as error:
-        raise StartupError(f"cannot download {model}: {error}") from error
-    path = Path(found)
-    if not complete(path):
-        raise StartupError(
-            f"{model} on the hub has no config.json with safetensors weights; .bin weights and "
-            "single-file formats are not supported"
+            "read; check the name, or log in (hf auth login, or HF_TOKEN) if it is private"
         )
-    return path
+    if status == 403:
+        return f"{found.endpoint} forbids this machine to read {model}: {first_line(error)}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{model} is not whole in the cache {found.cache}, and HF_HUB_OFFLINE is set"
+    if status is None and isinstance(error, OSError):
+        return f"cannot download {model} into {found.cache}: {error.strerror or error}"
+    return (
+        f"there is no directory {model}, and the hub at {found.endpoint} cannot be reached for it "
+        f"({first_line(error)}); give a directory, or pull it where there is network and copy the "
+        f"cache {found.cache}"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error that may be pages long."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -24,15 +24,11 @@ import torch
 from torch import Tensor
 
 from pagedserve.errors import StartupError
-from pagedserve.models.config_json import read_json
+from pagedserve.models.filenames import INDEX, SINGLE, lacking, listing, pickled, weight_map
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth")
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at a time
-NAMES_SHOWN = 8
 
 FLOATS = {
     "F64": torch.float64,
@@ -78,16 +74,18 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     if not index.is_file():
         return read_header(single_file(directory))
     shard_of = weight_map(index)
+    if absent := lacking(index):
+        raise StartupError(f"{directory} lacks shards of {index.name}: {listing(absent)}")
     found: dict[str, Stored] = {}
     for shard in sorted(set(shard_of.values())):
         for name, stored in read_header(directory / shard).items():
             if shard_of.get(name, shard) == shard:  # a copy in a shard the index does not name
                 found[name] = stored
-    lacking = sorted(shard_of.keys() - found.keys())
-    if lacking:
+    unfound = sorted(shard_of.keys() - found.keys())
+    if unfound:
         raise StartupError(
-            f"{index} names {len(lacking)} tensors that their files lack: "
-            f"{listing([f'{name} of {shard_of[name]}' for name in lacking])}"
+            f"{index} names {len(unfound)} tensors that their files lack: "
+            f"{listing([f'{name} of {shard_of[name]}' for name in unfound])}"
         )
     return found
 
@@ -97,8 +95,7 @@ def single_file(directory: Path) -> Path:
     single = directory / SINGLE
     if single.is_file():
         return single
-    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-    if pickles:
+    if pickles := pickled(path.name for path in directory.iterdir()):
         raise StartupError(
             f"{directory} has its weights as pickles only ({listing(pickles)}). They run code when "
             f"they are opened, so they are not read; write safetensors beside them with: "
@@ -108,20 +105,6 @@ def single_file(directory: Path) -> Path:
         f"{directory} has no weights: neither {SINGLE} nor {INDEX} (random ones of the right "
         "shapes: --load-format dummy)"
     )
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name → file name, as an index says. Raises StartupError where a file is not there."""
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise StartupError(f"{index} has no weight_map: it must name the file of every tensor")
-    for name, shard in found.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise StartupError(f"{index}: the file of {name} must be a name, got {shard!r}")
-    absent = sorted(s for s in set(found.values()) if not (index.parent / s).is_file())
-    if absent:
-        raise StartupError(f"{index.parent} lacks shards of {index.name}: {listing(absent)}")
-    return found
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -213,9 +196,3 @@ class Files:
         if path not in self._open:
             self._open[path] = os.open(path, os.O_RDONLY)
         return self._open[path]
-
-
-def listing(names: list[str]) -> str:
-    """The first few names, and how many more."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

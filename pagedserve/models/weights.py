@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pagedserve.errors import StartupError
-from pagedserve.models.shards import DTYPES, FLOATS, Files, Stored, listing, stored_tensors
+from pagedserve.models.filenames import listing
+from pagedserve.models.shards import DTYPES, FLOATS, Files, Stored, stored_tensors
 from pagedserve.spec import DecoderSpec
 
 log = logging.getLogger("pagedserve")
