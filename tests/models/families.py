@@ -6,23 +6,10 @@ windows short, so that a wrong order, a missing head or a window off by one move
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-
-@dataclass(frozen=True)
-class Case:
-    """`family`: transformers' model type. `config`: its tiny config, over `checkpoints.COMMON`.
-
-    `context`: what `--max-model-len` says, for scalings that depend on it. `lengths`: of prompts.
-    """
-
-    family: str
-    config: dict[str, Any] = field(default_factory=dict)
-    context: int | None = None
-    lengths: tuple[int, ...] = (37, 61)
-    block_size: int = 5
-
+from tests.models.case import Case
+from tests.models.families_dense import CASES_DENSE
+from tests.models.families_gpt import CASES_GPT
+from tests.models.families_moe import CASES_MOE
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -47,7 +34,7 @@ LATENT = {
     "topk_group": 1,
     "num_key_value_heads": 4,
 }
-CASES: dict[str, Case] = {
+CASES_BASE: dict[str, Case] = {
     "llama": Case("llama"),
     "llama tied": Case("llama", {"tie_word_embeddings": True}),
     "llama with rope llama3": Case("llama", {"rope_parameters": LLAMA3}),
@@ -62,3 +49,4 @@ CASES: dict[str, Case] = {
     "deepseek v2": Case("deepseek_v2", LATENT),
     "deepseek v3": Case("deepseek_v3", LATENT),
 }
+CASES: dict[str, Case] = {**CASES_BASE, **CASES_DENSE, **CASES_GPT, **CASES_MOE}

@@ -1,0 +1,20 @@
+"""One tiny checkpoint of a family, as the parity suite describes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """`family`: transformers' model type. `config`: its tiny config, over `checkpoints.COMMON`.
+
+    `context`: what `--max-model-len` says, for scalings that depend on it. `lengths`: of prompts.
+    """
+
+    family: str
+    config: dict[str, Any] = field(default_factory=dict)
+    context: int | None = None
+    lengths: tuple[int, ...] = (37, 61)
+    block_size: int = 5
