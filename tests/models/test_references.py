@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.models.references import REFERENCES, Reference, greedy, write
+from tests.models.references import REFERENCES, Reference, clear_prompt, greedy, greedy_steps, write
 from tests.models.references.twins import drawn, tokens
 
 
@@ -65,3 +65,24 @@ def test_greedy_takes_the_likeliest_token_of_each_step(name: str) -> None:
     new = greedy(reference, prompt, 6)
     best = reference.logits(prompt + new).argmax(-1).tolist()
     assert new == best[4:10]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_one_token_is_a_sequence(name: str) -> None:
+    reference = REFERENCES[name]
+    ids = tokens(reference, 9)
+    assert torch.allclose(reference.logits(ids[:1])[0], reference.logits(ids)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_clear_prompt_leads_past_no_near_tie(name: str) -> None:
+    reference = REFERENCES[name]
+    prompt = clear_prompt(reference, 5, 8, seed=1)
+    assert len(prompt) == 5
+    assert min(lead for _, lead in greedy_steps(reference, prompt, 8, seed=1)) >= 1e-3
+    assert clear_prompt(reference, 5, 8, seed=1) == prompt
+
+
+def test_a_prompt_that_cannot_be_clear_is_said_so() -> None:
+    with pytest.raises(AssertionError, match="aquila: every prompt of 3 tokens meets a near tie"):
+        clear_prompt(REFERENCES["aquila"], 3, 2, lead=2.0)

@@ -8,7 +8,7 @@ package under test: they are what its decoder is compared with. `REFERENCES` hol
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,29 @@ def write(reference: Reference, directory: Path, *, seed: int = 0) -> Path:
 
 def greedy(reference: Reference, prompt: list[int], n: int, *, seed: int = 0) -> list[int]:
     """The `n` likeliest next tokens, one by one, each from the whole sequence anew."""
+    return [token for token, _ in greedy_steps(reference, prompt, n, seed=seed)]
+
+
+def greedy_steps(
+    reference: Reference, prompt: list[int], n: int, *, seed: int = 0
+) -> Iterator[tuple[int, float]]:
+    """Each likeliest token with its lead over the next, as a share of the largest logit."""
     tensors, tokens = reference.weights(reference.config, seed), list(prompt)
-    with torch.no_grad():
-        for _ in range(n):
-            tokens.append(int(reference.forward(reference.config, tensors, tokens)[-1].argmax()))
-    return tokens[len(prompt) :]
+    for _ in range(n):
+        with torch.no_grad():
+            last = reference.forward(reference.config, tensors, tokens)[-1]
+        best = last.topk(2)
+        tokens.append(int(best.indices[0]))
+        yield tokens[-1], float((best.values[0] - best.values[1]) / last.abs().max())
+
+
+def clear_prompt(
+    reference: Reference, length: int, n: int, *, seed: int = 0, lead: float = 1e-3
+) -> list[int]:
+    """A random prompt on which no greedy step of `n` is a tie that rounding could turn over."""
+    choice = torch.Generator().manual_seed(seed)
+    for _ in range(50):
+        prompt = torch.randint(3, reference.vocab_size, (length,), generator=choice).tolist()
+        if all(ahead >= lead for _, ahead in greedy_steps(reference, prompt, n, seed=seed)):
+            return prompt
+    raise AssertionError(f"{reference.name}: every prompt of {length} tokens meets a near tie")
