@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -16,10 +17,14 @@ from pagedserve.spec import DecoderSpec
 
 __all__ = ["AttentionBackend", "Batch", "Plan", "choose"]
 
-BACKENDS: tuple[Callable[[Device], AttentionBackend], ...] = (  # best first
-    CpuAttention,
-    TorchAttention,
-)
+
+def backends(device: Device) -> tuple[Callable[[Device], AttentionBackend], ...]:
+    """Those for the device, best first. Triton is imported for GPUs only: it takes a while."""
+    if device.is_gpu and importlib.util.find_spec("triton"):
+        from pagedserve.attention.triton import TritonAttention
+
+        return TritonAttention, TorchAttention
+    return CpuAttention, TorchAttention
 
 
 def choose(
@@ -27,7 +32,7 @@ def choose(
 ) -> AttentionBackend:
     """The first backend that supports every layer. Raises StartupError with each one's reason."""
     reasons = []
-    for make in BACKENDS:
+    for make in backends(device):
         backend = make(device)
         found = (backend.supports(attn, kv_dtype, block_size) for attn in spec.cached())
         reason = next((text for text in found if text), None)

@@ -22,6 +22,7 @@ class Variant:
     sass        instructions that must be there ("HGMMA")
     stack       bytes a thread that may spill; twice as many on GPUs older than 90
     capability  the oldest GPU it is meant for; kernels for 90 are not compiled for older ones
+    newest      the newest, if newer ones get other constants
     """
 
     label: str
@@ -33,6 +34,7 @@ class Variant:
     unaligned: tuple[str, ...] = ()
     sass: tuple[str, ...] = ()
     capability: int = 80
+    newest: int | None = None
     gluon: bool = False
     maxnreg: int | None = None
     stack: int = 0

@@ -1,0 +1,222 @@
+"""Attention on a GPU by our own kernels: rows of one token, and rows of several.
+
+    rows of one token    kernels/paged_decode          equal shares of all keys
+    rows of several      kernels/paged_prefill_wgmma   plain cases on GPUs of capability 9.0
+                         kernels/paged_prefill         everything else
+
+Nothing here waits for the GPU or reads from it. What a step's layers share is planned on the device
+by the first layer that needs it, from the batch's tensors; so a graph that captures plan and layers
+serves any lengths, and any rows: which compute one token, several or none is read on the device,
+where the batch's counts on the host only say which kernels are launched at all. A batch to be
+captured for mixed steps therefore has a row of each kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pagedserve.attention.batch import Batch
+from pagedserve.device import Device
+from pagedserve.kernels import kv_write, paged_decode, paged_prefill, paged_prefill_wgmma
+from pagedserve.kernels.paged_decode import DecodePlan, Shape
+from pagedserve.kernels.paged_prefill import PrefillPlan
+from pagedserve.spec import Attn
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_SIZE = 256  # numbers of a head
+MAX_LATENT, MAX_ROTATED = 512, 128  # numbers of a latent's values, and of its keys beyond them
+
+
+@dataclass(frozen=True, slots=True)
+class Processors:
+    """What the kernels' constants depend on."""
+
+    count: int
+    capability: tuple[int, int]
+
+    @classmethod
+    def of(cls, device: torch.device) -> Processors:
+        found = torch.cuda.get_device_properties(device)
+        return cls(found.multi_processor_count, (found.major, found.minor))
+
+
+@dataclass(slots=True)
+class TritonPlan:
+    """Made as the layers come: the work of each shape, and of each tile and sight."""
+
+    batch: Batch
+    decodes: dict[Shape, DecodePlan] = field(default_factory=dict)
+    prefills: dict[tuple[int, int, int], PrefillPlan] = field(default_factory=dict)
+
+    @property
+    def some_decode(self) -> bool:
+        return self.batch.num_decodes > 0
+
+    @property
+    def some_prefill(self) -> bool:
+        return self.batch.num_decodes < len(self.batch.counts)
+
+
+class TritonAttention:
+    """See the module. `processors`: of the device, unless a test says otherwise."""
+
+    name = "triton"
+
+    def __init__(self, device: Device, processors: Processors | None = None):
+        self.processors = processors or Processors.of(device.torch)
+        self.descriptors = paged_prefill_wgmma.CacheDescriptors()
+
+    def supports(self, attn: Attn, kv_dtype: torch.dtype, block_size: int) -> str | None:
+        """See `AttentionBackend`."""
+        if self.processors.capability < (8, 0):
+            major, minor = self.processors.capability
+            return f"it needs a GPU of capability 8.0, this one has {major}.{minor}"
+        if attn.heads % attn.kv_heads:
+            return f"{attn.heads} query heads do not divide among {attn.kv_heads} key/value heads"
+        if kv_dtype not in DTYPES:
+            return f"a cache of {kv_dtype} is not supported"
+        latent = attn.values_in_keys or 0
+        if latent and (latent > MAX_LATENT or attn.head_dim - latent > MAX_ROTATED):
+            return f"latents of {latent} and {attn.head_dim - latent} numbers are too large"
+        if attn.head_dim > MAX_SIZE and (not latent or kv_dtype == torch.float32):
+            return f"heads of {attn.head_dim} numbers in {kv_dtype} are too large"
+        return None
+
+    def plan(self, batch: Batch) -> TritonPlan:
+        """See `AttentionBackend`."""
+        return TritonPlan(batch)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        kv: Tensor,
+        plan: TritonPlan,
+        attn: Attn,
+        *,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `AttentionBackend`. k: None where this step's keys and values are in the cache."""
+        if k is not None:
+            kv_write.kv_write(kv, plan.batch.slot_mapping, k, v)
+        q = kv_write.rows(q)
+        out = q.new_empty((q.shape[0], attn.heads, attn.values_in_keys or attn.head_dim))
+        shape = shape_of(attn, kv)
+        if plan.some_decode:
+            self._decode(q, kv, out, plan, shape, attn, slopes, sinks)
+        if plan.some_prefill:
+            self._prefill(q, kv, out, plan, shape, attn, slopes, sinks)
+        return out
+
+    def _decode(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        out: Tensor,
+        plan: TritonPlan,
+        shape: Shape,
+        attn: Attn,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+    ) -> None:
+        batch = plan.batch
+        work = plan.decodes.get(shape)
+        if work is None:
+            tuning = paged_decode.tune(shape, len(batch.counts), self.processors.count)
+            work = plan.decodes[shape] = paged_decode.plan_decode(
+                shape, tuning, batch.seq_lens, batch.query_start_loc
+            )
+        paged_decode.paged_decode(
+            q,
+            kv,
+            out,
+            batch.block_tables,
+            batch.seq_lens,
+            batch.query_start_loc,
+            work,
+            scale=attn.scale,
+            softcap=attn.softcap,
+            slopes=slopes,
+            sinks=sinks,
+        )
+
+    def _prefill(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        out: Tensor,
+        plan: TritonPlan,
+        shape: Shape,
+        attn: Attn,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+    ) -> None:
+        batch, scale = plan.batch, attn.scale
+        capability, count = self.processors.capability, self.processors.count
+        plain = attn.softcap is None and slopes is None and q.dtype == kv.dtype
+        if plain and paged_prefill_wgmma.refusal(shape, q, kv, capability) is None:
+            work = self._tiles(plan, paged_prefill_wgmma.TILE_TOKENS, shape)
+            kv_write.clear_tails(kv, batch.block_tables, batch.seq_lens, batch.query_start_loc)
+            paged_prefill_wgmma.paged_prefill_wgmma(
+                q,
+                kv,
+                out,
+                batch.block_tables,
+                work,
+                shape,
+                self.descriptors,
+                scale=scale,
+                sinks=sinks,
+                programs=count,
+            )
+            return
+        tuning = paged_prefill.tune(shape, count, capability)
+        paged_prefill.paged_prefill(
+            q,
+            kv,
+            out,
+            batch.block_tables,
+            self._tiles(plan, paged_prefill.tokens_of(shape, tuning), shape),
+            shape,
+            tuning,
+            scale=scale,
+            softcap=attn.softcap,
+            slopes=slopes,
+            sinks=sinks,
+        )
+
+    def _tiles(self, plan: TritonPlan, tokens: int, shape: Shape) -> PrefillPlan:
+        key = tokens, shape.window, shape.chunk
+        work = plan.prefills.get(key)
+        if work is None:
+            batch = plan.batch
+            work = plan.prefills[key] = paged_prefill.plan_prefill(
+                tokens,
+                batch.slot_mapping.shape[0],
+                batch.seq_lens,
+                batch.query_start_loc,
+                window=shape.window,
+                chunk=shape.chunk,
+            )
+        return work
+
+
+def shape_of(attn: Attn, kv: Tensor) -> Shape:
+    """What the kernels are compiled for. kv: the layer's view of the cache."""
+    width = attn.values_in_keys or attn.head_dim
+    return Shape(
+        kv_heads=attn.kv_heads,
+        group=attn.heads // attn.kv_heads,
+        width=width,
+        rest=attn.head_dim - width,
+        latent=attn.values_in_keys is not None,
+        page=kv.shape[2],
+        itemsize=max(2, kv.element_size()),
+        window=attn.window or 0,
+        chunk=attn.chunk or 0,
+    )

@@ -1,0 +1,582 @@
+"""Attention of one new token a row over the paged cache, in Triton: the work in equal shares.
+
+    out[t, h] = softmax(scale · q[t, h] · K_rowᵀ) · V_row       key/value head h // GROUP
+
+The keys that each row sees are cut into tiles, the tiles of all rows are laid end to end, and the
+line is cut into equal bins. A program takes one bin for one key/value head, so a fixed grid is busy
+to its end whatever the lengths are, and one CUDA graph serves all of them:
+
+    row         0          1   2          3
+    tiles   │──────────│─────│──│───────────────────────│
+    bins    │        0       │        1       │        2       │
+
+    starts  [rows + 1]      tiles before each row
+    bins    [num_bins + 1]  row that each bin begins in; last, tiles to a bin
+
+`plan_decode` makes these on the device, once for all layers that see alike. A row that lies in one
+bin is finished there. Of any other, each program leaves a part (maximum, sum, weighted values), two
+at most: its first row's and its last row's. The last program to arrive at a row merges the parts
+and puts the row's counter back to 0, so layers follow each other without a second launch.
+
+Heads that share keys are one tile of queries, BLOCK_H at a time (16 at least, for tensor cores).
+Rows of one token come first in a batch; rows of several, and of none, have no tiles here: their
+attention is `paged_prefill`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pagedserve.kernels.aot import Variant
+from pagedserve.kernels.paged_scores import LOG2E, MASKED, first_seen, in_base_2, with_sink
+
+
+@triton.jit
+def plan_decode_kernel(
+    seq_lens_ptr,
+    query_start_ptr,
+    starts_ptr,
+    bins_ptr,
+    counters_ptr,
+    num_rows,
+    num_counters,
+    NUM_BINS: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """One program. ROWS and BINS: how many are looked at together."""
+    total = 0
+    r = tl.arange(0, ROWS)
+    for r0 in range(0, num_rows, ROWS):
+        row, inside = r0 + r, r0 + r < num_rows
+        length = tl.load(seq_lens_ptr + row, mask=inside, other=0).to(tl.int32)
+        begin = tl.load(query_start_ptr + row, mask=inside, other=0)
+        count = tl.load(query_start_ptr + row + 1, mask=inside, other=0) - begin
+        tiles = tl.cdiv(length, TILE) - first_seen(length - 1, WINDOW, CHUNK) // TILE
+        # A row without context has one tile of nothing, so that its output is written.
+        tiles = tl.where(count == 1, tl.maximum(tiles, 1), 0)
+        tl.store(starts_ptr + 1 + row, total + tl.cumsum(tiles, 0), mask=inside)
+        total += tl.sum(tiles, 0)
+    tl.store(starts_ptr, 0)
+    size = tl.maximum(tl.cdiv(total, NUM_BINS), MIN_TILES)
+    tl.store(bins_ptr + NUM_BINS, size)
+    for c0 in range(0, num_counters, ROWS):
+        tl.store(counters_ptr + c0 + r, tl.zeros([ROWS], tl.int32), mask=c0 + r < num_counters)
+    tl.debug_barrier()  # starts are read again, by other threads
+    b = tl.arange(0, BINS)
+    for b0 in range(0, NUM_BINS, BINS):
+        at = (b0 + b) * size
+        row = tl.zeros([BINS], tl.int32)
+        for r0 in range(0, num_rows, ROWS):
+            inside = r0 + r < num_rows
+            ends = tl.load(starts_ptr + 1 + r0 + r, mask=inside, other=2147483647)
+            row += tl.sum((ends[None, :] <= at[:, None]).to(tl.int32), 1)
+        tl.store(bins_ptr + b0 + b, row, mask=b0 + b < NUM_BINS)
+
+
+@triton.jit
+def paged_decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    query_start_ptr,
+    starts_ptr,
+    bins_ptr,
+    counters_ptr,
+    parts_ptr,
+    sums_ptr,
+    slopes_ptr,
+    sinks_ptr,
+    scale,
+    softcap,
+    num_rows,
+    q_stride,
+    table_stride,
+    block_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr,
+    REST: tl.constexpr,
+    REST_PAD: tl.constexpr,
+    LATENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Grid: bins · lanes, a lane being a key/value head and BLOCK_H of its query heads.
+
+    WIDTH: numbers of a value. REST: numbers of a key beyond those. LATENT: values are the first
+    WIDTH numbers of the keys.
+    """
+    HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
+    LANES: tl.constexpr = KV_HEADS * HEAD_BLOCKS
+    SIZE: tl.constexpr = WIDTH + REST
+    HEADS: tl.constexpr = GROUP if GROUP < BLOCK_H else BLOCK_H  # rows of a part
+    lane = tl.program_id(0) % LANES  # neighbours read the same tokens
+    bin_ = tl.program_id(0) // LANES
+    kv_head = lane // HEAD_BLOCKS
+    g = tl.arange(0, BLOCK_H)
+    in_group = (lane % HEAD_BLOCKS) * BLOCK_H + g
+    head = kv_head * GROUP + in_group
+    real = in_group < GROUP
+    d = tl.arange(0, WIDTH_PAD)
+    x = tl.arange(0, REST_PAD)
+    t = tl.arange(0, TILE)
+    row = tl.load(bins_ptr + bin_)
+    size = tl.load(bins_ptr + NUM_BINS)
+    at = bin_ * size
+    stop = tl.minimum(at + size, tl.load(starts_ptr + num_rows))
+    while at < stop:
+        row_start = tl.load(starts_ptr + row)
+        row_stop = tl.load(starts_ptr + row + 1)
+        length = tl.load(seq_lens_ptr + row).to(tl.int32)
+        token = tl.load(query_start_ptr + row).to(tl.int64)
+        here = tl.minimum(row_stop, stop)
+        first = first_seen(length - 1, WINDOW, CHUNK)
+        shift = first // TILE - row_start
+        q_at = q_ptr + token * q_stride + head[:, None] * SIZE
+        q = tl.load(q_at + d[None, :], mask=real[:, None] & (d < WIDTH)[None, :], other=0.0)
+        if REST > 0:
+            q_rest = tl.load(
+                q_at + WIDTH + x[None, :], mask=real[:, None] & (x < REST)[None, :], other=0.0
+            )
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + head, mask=real, other=0.0) * LOG2E
+        m = tl.full([BLOCK_H], MASKED, tl.float32)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        acc = tl.zeros([BLOCK_H, WIDTH_PAD], tl.float32)
+        for tile in range(at + shift, here + shift):
+            n = tile * TILE + t
+            seen = (n >= first) & (n < length)
+            block = tl.load(
+                table_ptr + row.to(tl.int64) * table_stride + n // PAGE, mask=seen, other=0
+            )
+            base = block.to(tl.int64) * block_stride + ((n % PAGE) * KV_HEADS + kv_head) * SIZE
+            inside = seen[:, None] & (d < WIDTH)[None, :]
+            k = tl.load(k_ptr + base[:, None] + d[None, :], mask=inside, other=0.0).to(q.dtype)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if REST > 0:
+                k_rest = tl.load(
+                    k_ptr + base[:, None] + WIDTH + x[None, :],
+                    mask=seen[:, None] & (x < REST)[None, :],
+                    other=0.0,
+                ).to(q.dtype)
+                s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision="ieee")
+            s = in_base_2(s, scale, softcap, CAP)
+            if slopes_ptr is not None:
+                s -= slope[:, None] * (length - 1 - n)[None, :].to(tl.float32)
+            s = tl.where(seen[None, :], s, MASKED)
+            top = tl.maximum(m, tl.max(s, 1))
+            factor = tl.exp2(m - top)
+            p = tl.exp2(s - top[:, None])
+            total = total * factor + tl.sum(p, 1)
+            if LATENT:
+                v = k
+            else:
+                v = tl.load(v_ptr + base[:, None] + d[None, :], mask=inside, other=0.0)
+                v = v.to(q.dtype)
+            acc = tl.dot(p.to(q.dtype), v, acc * factor[:, None], input_precision="ieee")
+            m = top
+        out_at = out_ptr + (token * (KV_HEADS * GROUP) + head[:, None]) * WIDTH
+        out_mask = real[:, None] & (d < WIDTH)[None, :]
+        if (at == row_start) & (here == row_stop):
+            if sinks_ptr is not None:
+                sink = tl.load(sinks_ptr + head, mask=real, other=0.0)
+                factor, total = with_sink(m, total, sink)
+                acc *= factor[:, None]
+            out = acc / tl.maximum(total, 1e-30)[:, None]
+            tl.store(out_at + d[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
+        else:
+            part = (bin_ * LANES + lane) * 2 + (at == row_start).to(tl.int32)
+            tl.store(sums_ptr + (part * 2) * HEADS + g, m, mask=g < HEADS)
+            tl.store(sums_ptr + (part * 2 + 1) * HEADS + g, total, mask=g < HEADS)
+            tl.store(
+                parts_ptr + (part.to(tl.int64) * HEADS + g[:, None]) * WIDTH + d[None, :],
+                acc,
+                mask=(g < HEADS)[:, None] & (d < WIDTH)[None, :],
+            )
+            tl.debug_barrier()  # before one thread says that all have written
+            first_bin = row_start // size
+            last_bin = (row_stop - 1) // size
+            counter = counters_ptr + row * LANES + lane
+            arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+            if arrived == last_bin - first_bin:
+                tl.store(counter, 0)
+                _merge(
+                    out_ptr + (token * (KV_HEADS * GROUP) + kv_head * GROUP) * WIDTH,
+                    parts_ptr,
+                    sums_ptr,
+                    sinks_ptr,
+                    first_bin,
+                    last_bin,
+                    lane,
+                    kv_head * GROUP,
+                    (lane % HEAD_BLOCKS) * BLOCK_H,
+                    LANES,
+                    HEADS,
+                    GROUP,
+                    WIDTH,
+                    WIDTH_PAD,
+                )
+        at = here
+        row += 1
+
+
+@triton.jit
+def _merge(
+    out_ptr,
+    parts_ptr,
+    sums_ptr,
+    sinks_ptr,
+    first_bin,
+    last_bin,
+    lane,
+    first_head,
+    first_in_group,
+    LANES: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr,
+):
+    """Merge one row's parts, some bins and columns at a time. out_ptr: the group's first head."""
+    ROWS: tl.constexpr = triton.next_power_of_2(HEADS)
+    COLUMNS: tl.constexpr = min(WIDTH_PAD, max(16, 4096 // ROWS))
+    BINS: tl.constexpr = max(1, min(16, 4096 // (ROWS * COLUMNS)))
+    SUM_BINS: tl.constexpr = max(1, min(32, 2048 // ROWS))
+    g = tl.arange(0, ROWS)
+    some = g < HEADS
+    m = tl.full([ROWS], MASKED, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    c = tl.arange(0, SUM_BINS)
+    for b0 in range(first_bin, last_bin + 1, SUM_BINS):
+        b = b0 + c
+        mask = (b <= last_bin)[:, None] & some[None, :]
+        part = (b * LANES + lane) * 2 + (b == first_bin).to(tl.int32)
+        at = sums_ptr + (part * 2 * HEADS)[:, None] + g[None, :]
+        # .cg: from L2, since other processors wrote it
+        tops = tl.load(at, mask=mask, other=MASKED, cache_modifier=".cg")
+        sums = tl.load(at + HEADS, mask=mask, other=0.0, cache_modifier=".cg")
+        top = tl.maximum(m, tl.max(tops, 0))
+        total = total * tl.exp2(m - top) + tl.sum(sums * tl.exp2(tops - top[None, :]), 0)
+        m = top
+    in_group = first_in_group + g
+    real = some & (in_group < GROUP)
+    inverse = 1.0 / tl.maximum(total, 1e-30)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + first_head + in_group, mask=real, other=0.0)
+        factor, total = with_sink(m, total, sink)
+        inverse = factor / total
+    c2 = tl.arange(0, BINS)
+    d = tl.arange(0, COLUMNS)
+    for d0 in tl.static_range(0, WIDTH_PAD, COLUMNS):
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        columns = d0 + d < WIDTH
+        for b0 in range(first_bin, last_bin + 1, BINS):
+            b = b0 + c2
+            mask = (b <= last_bin)[:, None] & some[None, :]
+            part = (b * LANES + lane) * 2 + (b == first_bin).to(tl.int32)
+            tops = tl.load(
+                sums_ptr + (part * 2 * HEADS)[:, None] + g[None, :],
+                mask=mask,
+                other=MASKED,
+                cache_modifier=".cg",
+            )
+            lines = (part.to(tl.int64) * HEADS)[:, None] + g[None, :]
+            values = tl.load(
+                parts_ptr + lines[:, :, None] * WIDTH + (d0 + d)[None, None, :],
+                mask=mask[:, :, None] & columns[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            acc += tl.sum(values * tl.exp2(tops - m[None, :])[:, :, None], 0)
+        tl.store(
+            out_ptr + in_group[:, None] * WIDTH + (d0 + d)[None, :],
+            (acc * inverse[:, None]).to(out_ptr.dtype.element_ty),
+            mask=real[:, None] & columns[None, :],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a decode kernel is compiled for: one layer's attention over one cache.
+
+    width: numbers of a value; rest: numbers of a key beyond those (latent attention); window,
+    chunk: as in `spec.Attn`, 0 for none.
+    """
+
+    kv_heads: int
+    group: int
+    width: int
+    rest: int = 0
+    latent: bool = False
+    page: int = 16
+    itemsize: int = 2
+    window: int = 0
+    chunk: int = 0
+
+    @property
+    def block_h(self) -> int:
+        """Query heads of a program."""
+        limit = 64 if self.width * self.itemsize <= 1024 else 32
+        return max(16, min(limit, int(triton.next_power_of_2(self.group))))
+
+    @property
+    def lanes(self) -> int:
+        """Programs that share a bin."""
+        return self.kv_heads * -(-self.group // self.block_h)
+
+    @property
+    def width_pad(self) -> int:
+        """A power of two, and what a tensor core takes."""
+        return max(16, int(triton.next_power_of_2(self.width)))
+
+    @property
+    def rest_pad(self) -> int:
+        """The same of `rest`."""
+        return max(16, int(triton.next_power_of_2(self.rest)))
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the work is cut. bins: of the whole grid; min_tiles: that a bin has at least."""
+
+    tile: int
+    bins: int
+    min_tiles: int
+    num_warps: int
+    num_stages: int
+
+
+def tune(shape: Shape, num_rows: int, processors: int) -> Tuning:
+    """The constants that were measured to serve best (benchmarks/RESULTS.md), kept in memory."""
+    big = shape.width_pad * shape.itemsize  # bytes of a value
+    tile = 64 if big <= 256 else 32 if big <= 512 else 16
+    if shape.itemsize == 4:
+        tile = 16  # no tensor core multiplies float32 exactly: registers hold all of it
+    programs = processors * 2 if big <= 512 else processors
+    num_warps = 4 if shape.block_h * shape.width_pad <= 64 * 128 else 8
+    return Tuning(
+        tile=tile,
+        bins=max(1, programs // shape.lanes),
+        min_tiles=max(1, 64 // tile),
+        num_warps=num_warps,
+        num_stages=3 if big <= 512 else 2,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """What the layers of one shape share in a step; see the module. int32, but for the parts."""
+
+    shape: Shape
+    tuning: Tuning
+    starts: Tensor
+    bins: Tensor
+    counters: Tensor
+    parts: Tensor
+    sums: Tensor
+
+
+def plan_decode(
+    shape: Shape, tuning: Tuning, seq_lens: Tensor, query_start_loc: Tensor
+) -> DecodePlan:
+    """Share out the rows that compute one token.
+
+    seq_lens: [R], query_start_loc: [R + 1], int32 or int64, on the GPU; nothing is read back, so
+    a graph that captures this plans anew at every replay.
+    """
+    rows = seq_lens.shape[0]
+    heads = min(shape.group, shape.block_h)
+    parts = 2 * tuning.bins * shape.lanes * heads
+    where = seq_lens.device
+    plan = DecodePlan(
+        shape,
+        tuning,
+        starts=torch.empty(rows + 1, dtype=torch.int32, device=where),
+        bins=torch.empty(tuning.bins + 1, dtype=torch.int32, device=where),
+        counters=torch.empty(rows * shape.lanes, dtype=torch.int32, device=where),
+        parts=torch.empty(parts * shape.width, dtype=torch.float32, device=where),
+        sums=torch.empty(parts * 2, dtype=torch.float32, device=where),
+    )
+    plan_decode_kernel[(1,)](
+        seq_lens,
+        query_start_loc,
+        plan.starts,
+        plan.bins,
+        plan.counters,
+        rows,
+        plan.counters.shape[0],
+        **plan_constants(shape, tuning),
+        num_warps=4,
+    )
+    return plan
+
+
+def paged_decode(
+    q: Tensor,
+    kv: Tensor,
+    out: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    plan: DecodePlan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Write `out` of each row that computes one token; `reference.paged_attention` says what.
+
+    q: [T, H, D], any stride between tokens; kv: one layer's view [num_blocks, 1 or 2, block_size,
+    K, D]; out: [T, H, width], contiguous; block_tables: [R, blocks]; slopes, sinks: [H] float32.
+    Only what a row sees is read.
+    """
+    shape, tuning = plan.shape, plan.tuning
+    size = shape.width + shape.rest
+    assert q.shape[1:] == (shape.kv_heads * shape.group, size) and q.stride()[1:] == (size, 1)
+    assert kv.shape[1:] == (1 if shape.latent else 2, shape.page, shape.kv_heads, size), kv.shape
+    assert kv.stride()[2:] == (shape.kv_heads * size, size, 1)
+    assert out.is_contiguous() and out.shape == (*q.shape[:2], shape.width)
+    assert block_tables.stride(1) == 1 and block_tables.shape[0] == seq_lens.shape[0]
+    paged_decode_kernel[(tuning.bins * shape.lanes,)](
+        q,
+        kv,
+        kv if shape.latent else kv[:, 1],
+        out,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        plan.starts,
+        plan.bins,
+        plan.counters,
+        plan.parts,
+        plan.sums,
+        slopes,
+        sinks,
+        scale if softcap else scale * LOG2E.value,
+        softcap or 0.0,
+        seq_lens.shape[0],
+        q.stride(0),
+        block_tables.stride(0),
+        kv.stride(0),
+        **constants(shape, tuning),
+        CAP=bool(softcap),
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+
+
+def plan_constants(shape: Shape, tuning: Tuning) -> dict[str, int]:
+    """Of `plan_decode_kernel`."""
+    return {
+        "NUM_BINS": tuning.bins,
+        "TILE": tuning.tile,
+        "MIN_TILES": tuning.min_tiles,
+        "WINDOW": shape.window,
+        "CHUNK": shape.chunk,
+        "ROWS": 128,
+        "BINS": 32,
+    }
+
+
+def constants(shape: Shape, tuning: Tuning) -> dict[str, int | bool]:
+    """Of `paged_decode_kernel`, but for CAP."""
+    return {
+        "KV_HEADS": shape.kv_heads,
+        "GROUP": shape.group,
+        "BLOCK_H": shape.block_h,
+        "WIDTH": shape.width,
+        "WIDTH_PAD": shape.width_pad,
+        "REST": shape.rest,
+        "REST_PAD": shape.rest_pad,
+        "LATENT": shape.latent,
+        "PAGE": shape.page,
+        "TILE": tuning.tile,
+        "NUM_BINS": tuning.bins,
+        "WINDOW": shape.window,
+        "CHUNK": shape.chunk,
+    }
+
+
+def variants(
+    label: str,
+    shape: Shape,
+    *,
+    dtype: str = "bf16",
+    cap: bool = False,
+    slopes: bool = False,
+    sinks: bool = False,
+) -> list[Variant]:
+    """Plan and kernel of one shape, as `tune` would have them."""
+    tuning = tune(shape, 32, 132)
+    lists = ("seq_lens_ptr", "query_start_ptr", "table_ptr")
+    types = {name: "*i64" for name in lists}
+    types |= {name: "*i32" for name in ("starts_ptr", "bins_ptr", "counters_ptr")}
+    types |= {name: "i32" for name in ("num_rows", "num_counters")}
+    types |= {name: f"*{dtype}" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")}
+    types |= {name: "*fp32" for name in ("parts_ptr", "sums_ptr")}
+    types |= {name: "i32" for name in ("q_stride", "table_stride", "block_stride")}
+    types |= {name: "fp32" for name in ("scale", "softcap")}
+    given: dict[str, str | None] = {
+        **types,
+        "slopes_ptr": "*fp32" if slopes else None,
+        "sinks_ptr": "*fp32" if sinks else None,
+    }
+    plain = ("num_rows", "table_stride", "num_counters")
+
+    def variant(kernel, name: str, constants, **options) -> Variant:
+        names = [n for n in kernel.arg_names if n in given]
+        return Variant(
+            label=f"{name} {label} {dtype}",
+            kernel=kernel,
+            types={n: given[n] for n in names},
+            constants=constants,
+            unaligned=tuple(n for n in plain if n in names),
+            **options,
+        )
+
+    return [
+        variant(plan_decode_kernel, "plan_decode", plan_constants(shape, tuning)),
+        variant(
+            paged_decode_kernel,
+            "paged_decode",
+            constants(shape, tuning) | {"CAP": cap},
+            num_warps=tuning.num_warps,
+            num_stages=tuning.num_stages,
+            stack=128 if shape.latent else 32,
+        ),
+    ]
+
+
+AOT = [
+    *variants("8×4 heads of 128", Shape(8, 4, 128)),
+    *variants("8×8 heads of 64, window, sinks", Shape(8, 8, 64, window=128), sinks=True)[1:],
+    *variants("2×4 heads of 32", Shape(2, 4, 32, itemsize=4), dtype="fp32")[1:],
+    *variants("8×4 heads of 128", Shape(8, 4, 128, itemsize=4), dtype="fp32")[1:],
+    *variants("32×1 heads of 96", Shape(32, 1, 96))[1:],
+    *variants("32×1 heads of 80, biases", Shape(32, 1, 80), dtype="fp16", slopes=True)[1:],
+    *variants("4×2 heads of 256, softcap", Shape(4, 2, 256, window=4096), cap=True)[1:],
+    *variants("8×5 heads of 128, chunk", Shape(8, 5, 128, chunk=8192))[1:],
+    *variants("1×71 heads of 64", Shape(1, 71, 64))[1:],
+    *variants("128 heads on latents", Shape(1, 128, 512, 64, latent=True))[1:],
+    *variants("16 heads on latents", Shape(1, 16, 512, 64, latent=True))[1:],
+]
