@@ -127,7 +127,7 @@ def convert_file(source: Path, part: Path) -> list[str]:
     try:
         save_file(tensors, part, metadata={"format": "pt"})
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error.__cause__ or error, OSError) or "os error" in str(error).lower():
+        if "os error" in str(error):  # how the library tells of a full disk
             raise StartupError(f"cannot write {part}: {error}") from error
         raise StartupError(f"{source} cannot be written as safetensors: {error}") from error
     found = read_header(part)
