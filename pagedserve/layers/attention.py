@@ -49,11 +49,11 @@ class Attention:
         spec, tokens = self.spec, x.shape[0]
         h, k = spec.heads, spec.kv_heads
         heads = self.qkv(x).view(tokens, h + 2 * k, spec.head_dim)
-        if spec.clip is not None:
-            heads = heads.clamp(-spec.clip, spec.clip)
         qk, v = heads.split_with_sizes((h + k, k), 1)
         if self.norm_qk is not None and not spec.norm_after_rope:
             qk = self.norm_qk(qk)
+        if spec.clip is not None:
+            qk, v = qk.clamp(-spec.clip, spec.clip), v.clamp(-spec.clip, spec.clip)
         if self.rotary is not None:
             angles = forward.angles[self.rotary]
             qk = self.ops.rotary(qk, angles.cos, angles.sin)

@@ -143,5 +143,5 @@ class AllHeadsNorm:
     def __call__(self, qk: Tensor) -> Tensor:
         """qk: [T, H + K, D] → the same shape."""
         q, k = qk[:, : self.heads], qk[:, self.heads :]
-        parts = [norm(t.flatten(1)).view(t.shape) for norm, t in ((self.q, q), (self.k, k))]
-        return torch.cat(parts, 1)
+        both = ((self.q, q), (self.k, k))
+        return torch.cat([norm(t.flatten(1).contiguous()).view(t.shape) for norm, t in both], 1)

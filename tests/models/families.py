@@ -19,21 +19,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-LATENT = {
-    "q_lora_rank": 24,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 12,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_key_value_heads": 4,
-}
 CASES_BASE: dict[str, Case] = {
     "llama": Case("llama"),
     "llama tied": Case("llama", {"tie_word_embeddings": True}),
@@ -45,8 +30,5 @@ CASES_BASE: dict[str, Case] = {
     "gemma": Case("gemma", {"head_dim": 16}),
     "gemma2": Case("gemma2", {"head_dim": 16, "sliding_window": 8}),
     "gemma3": Case("gemma3_text", {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7}),
-    "mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek v2": Case("deepseek_v2", LATENT),
-    "deepseek v3": Case("deepseek_v3", LATENT),
 }
 CASES: dict[str, Case] = {**CASES_BASE, **CASES_DENSE, **CASES_GPT, **CASES_MOE}
