@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,15 @@ class FakeModel:
     private: bool = False
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Does not mind clients that were killed."""
+
+    def handle_error(self, request: Any, address: Any) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):
+            super().handle_error(request, address)
+
+
 class FakeHub:
     """Serves `models` on a free port of this machine."""
 
@@ -48,7 +58,7 @@ class FakeHub:
         self.busy = 0  # answers of status 503 that come first
         self.flowing = threading.Event()  # cleared: where bytes are cut, nothing is closed
         self.flowing.set()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server = QuietServer(("127.0.0.1", 0), self._handler())
         self.server.daemon_threads = True
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
