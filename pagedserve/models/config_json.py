@@ -16,6 +16,7 @@ from pagedserve.errors import StartupError, shorten
 from pagedserve.models.defaults import with_defaults
 from pagedserve.models.rope_config import rope_parameters
 
+DEQUANTISED = ("mxfp4",)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,11 +26,21 @@ def read(directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[st
     Raises StartupError where there is none that can be served.
     """
     config = merged(read_json(directory / "config.json"), overrides or {})
-    if "quantization_config" in config:
-        found = config["quantization_config"]
-        method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
-        raise StartupError(f"{directory}: quantised checkpoints ({method}) are not supported")
+    check_quantisation(config, directory)
     return complete(config)
+
+
+def check_quantisation(config: Mapping[str, Any], directory: Path) -> None:
+    """Raise StartupError for a scheme that is not dequantised when a checkpoint loads."""
+    found = config.get("quantization_config")
+    if found is None:
+        return
+    method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
+    if method not in DEQUANTISED:
+        raise StartupError(
+            f"{directory}: quantised checkpoints ({method}) are not supported; supported: "
+            f"{', '.join(DEQUANTISED)} (held in the model's own precision once loaded)"
+        )
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pagedserve.layers.linear import Mapping
 from pagedserve.layers.mlp import Activation, ClampedSilu, FeedForward, Xielu, activation
 from pagedserve.layers.moe import MixtureOfExperts, Router
 from pagedserve.models.assembly.reader import Reader
+from pagedserve.quant.mxfp4 import BLOCK, dequantise
 from pagedserve.spec import Matmul, Mlp, Moe
 
 Ffn = FeedForward | MixtureOfExperts | Mapping
@@ -92,8 +93,12 @@ def expert_weights(reader: Reader, spec: Moe, i: int) -> ExpertWeights:
         up = reader.tensor("expert_gate_up", (count, 2 * size, hidden), i, part="")
         down = reader.tensor("expert_down", (count, hidden, size), i, part="")
         return ExpertWeights(up, down, None, None, act)
-    up = turned(reader.tensor("expert_gate_up", (count, hidden, 2 * size), i, part=""))
-    down = turned(reader.tensor("expert_down", (count, size, hidden), i, part=""))
+    if reader.source.has(reader.name("expert_gate_up", i) + "_blocks"):
+        up = from_mxfp4(reader, "expert_gate_up", (count, 2 * size, hidden), i)
+        down = from_mxfp4(reader, "expert_down", (count, hidden, size), i)
+    else:
+        up = turned(reader.tensor("expert_gate_up", (count, hidden, 2 * size), i, part=""))
+        down = turned(reader.tensor("expert_down", (count, size, hidden), i, part=""))
     up_bias = down_bias = None
     if "expert_gate_up_bias" in reader.spec.names:
         up_bias = reader.tensor("expert_gate_up_bias", (count, 2 * size), i, part="")
@@ -123,6 +128,19 @@ def experts_of_each(reader: Reader, spec: Moe, i: int, act: Activation) -> Exper
             if bias is not None:
                 one.read(role, bias, i, part="bias")
     return ExpertWeights(up, down, up_bias, down_bias, act)
+
+
+def from_mxfp4(reader: Reader, role: str, shape: tuple[int, int, int], i: int) -> Tensor:
+    """A stack that is stored in 4 bits, already turned: [E, rows, columns] in the model's dtype."""
+    count, rows, columns = shape
+    blocks = reader.empty(count, rows, columns // BLOCK, BLOCK // 2, dtype=torch.uint8)
+    scales = reader.empty(count, rows, columns // BLOCK, dtype=torch.uint8)
+    reader.source.read(reader.name(role, i) + "_blocks", blocks)
+    reader.source.read(reader.name(role, i) + "_scales", scales)
+    stack = reader.empty(*shape)
+    for expert in range(count):  # one at a time: the numbers on the way take four bytes each
+        dequantise(blocks[expert], scales[expert], stack[expert])
+    return stack
 
 
 def turned(stacked: Tensor) -> Tensor:

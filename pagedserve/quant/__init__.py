@@ -1,0 +1,1 @@
+"""Formats of quantised weights: what their tensors mean. They know no model and no layer."""
