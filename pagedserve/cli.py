@@ -1,4 +1,4 @@
-"""The command line: `pagedserve serve | generate | chat | version`.
+"""The command line: `pagedserve serve | generate | chat | pull | convert | version`.
 
 Flags and their help come from the fields of `config.py`. Errors are one line on standard error:
 status 2 for wrong usage, 1 for a failure. What a command needs is imported when it is chosen.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pagedserve.commands import convert, pull
+from pagedserve.commands.console import Console, drop_output, say, write
 from pagedserve.config import Config, add_flags
 from pagedserve.errors import PagedServeError
 from pagedserve.version import __version__
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MODEL_GROUPS = ("model", "cache", "scheduler")
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k")
+TERMINAL_DEFAULTS = {"max_tokens": 256, "temperature": 0.0}  # where the model has none of its own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +73,14 @@ def parser() -> argparse.ArgumentParser:
         add_sampling_flags(command)
         add_flags(command, groups=MODEL_GROUPS)
 
+    pull_ = commands.add_parser("pull", help="download a model of the Hugging Face hub")
+    pull.add_flags(pull_)
+    pull_.set_defaults(command=pull.run)
+
+    convert_ = commands.add_parser("convert", help="turn pickled weights into safetensors")
+    convert.add_flags(convert_)
+    convert_.set_defaults(command=convert.run)
+
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(command=print_version)
     return top
@@ -79,10 +89,14 @@ def parser() -> argparse.ArgumentParser:
 def add_sampling_flags(command: argparse.ArgumentParser) -> None:
     """The few sampling parameters that a terminal needs."""
     section = command.add_argument_group("sampling")
-    section.add_argument("--max-tokens", type=int, default=256, help="tokens to write at most")
-    section.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
-    section.add_argument("--top-p", type=float, default=1.0, help="share of likely tokens kept")
-    section.add_argument("--top-k", type=int, default=0, help="number of tokens kept; 0: all")
+    for flag, kind, usual, text in (
+        ("--max-tokens", int, "256", "tokens to write at most"),
+        ("--temperature", float, "0", "0 takes the likeliest"),
+        ("--top-p", float, "1", "share of likely tokens kept"),
+        ("--top-k", int, "0", "number of tokens kept; 0: all"),
+    ):
+        default = f"(default: the model's own, or {usual})"
+        section.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} {default}")
     # Not --seed: that one is the model's, and the default of requests without a seed.
 
 
@@ -96,7 +110,11 @@ def serve(options: dict[str, Any]) -> int:
             print("pagedserve: give MODEL or --model, not both", file=sys.stderr)
             return 2
         options["model"] = model
-    return run(Config.from_options(options), say)
+    console = Console()
+    try:
+        return run(Config.from_options(options), console)
+    finally:
+        console.end()
 
 
 def generate(options: dict[str, Any]) -> int:
@@ -104,9 +122,10 @@ def generate(options: dict[str, Any]) -> int:
     prompt = options.pop("prompt")
     if prompt == "-":
         prompt = sys.stdin.read()
-    params = sampling(options)
+    given = sampling(options)
     with offline(options) as llm:
-        for delta in llm.stream(prompt, fitting(llm, llm.get_tokenizer().encode(prompt), params)):
+        ids = llm.get_tokenizer().encode(prompt)
+        for delta in llm.stream(prompt, fitting(llm, ids, given)):
             write(delta.text)
     write("\n")
     return 0
@@ -115,7 +134,7 @@ def generate(options: dict[str, Any]) -> int:
 def chat(options: dict[str, Any]) -> int:
     """`pagedserve chat`: Ctrl-C stops an answer, Ctrl-D leaves."""
     system = options.pop("system")
-    params = sampling(options)
+    given = sampling(options)
     with contextlib.suppress(ImportError):  # line editing and history, where there is any
         import readline  # noqa: F401
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -126,7 +145,7 @@ def chat(options: dict[str, Any]) -> int:
                 continue
             messages.append({"role": "user", "content": text})
             try:
-                answer = reply(llm, messages, params)
+                answer = reply(llm, messages, given)
             except PagedServeError as error:
                 say(f"pagedserve: {error.message}")
                 messages.pop()
@@ -147,14 +166,14 @@ def ask() -> str | None:
             write("\n")
 
 
-def reply(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> str:
+def reply(llm: LLM, messages: list[dict[str, str]], given: dict[str, Any]) -> str:
     """Write the answer to `messages` as it comes; what was written, also when interrupted."""
     prompt = llm.chat_prompt(messages)
     pieces = []
     with interruptible() as interrupted:
         stream = llm.stream(
             {"prompt_token_ids": prompt},
-            fitting(llm, prompt, params),
+            fitting(llm, prompt, given),
             interrupted=lambda: bool(interrupted),
         )
         for delta in stream:
@@ -186,18 +205,26 @@ def offline(options: dict[str, Any]) -> LLM:
     def report(phase: str, seconds: float) -> None:
         print(f"{seconds:6.2f} s  {phase}", file=sys.stderr)
 
-    return LLM(**options, on_progress=report)
+    llm = LLM(**options, on_progress=report)
+    for line in llm.notes:
+        print(f"{'':10} {line}", file=sys.stderr)
+    return llm
 
 
-def sampling(options: dict[str, Any]) -> SamplingParams:
-    """Take the sampling flags out of `options`."""
+def sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the sampling flags out of `options`. Raises RequestError for a value out of range."""
     from pagedserve.request import SamplingParams
 
-    return SamplingParams(**{name: options.pop(name) for name in SAMPLING if name in options})
+    given = {name: options.pop(name) for name in SAMPLING if name in options}
+    SamplingParams(**given)  # before a model is loaded
+    return given
 
 
-def fitting(llm: LLM, prompt: list[int], params: SamplingParams) -> SamplingParams:
-    """`params` with as many tokens as still fit behind `prompt`."""
+def fitting(llm: LLM, prompt: list[int], given: dict[str, Any]) -> SamplingParams:
+    """The `given` parameters and defaults, with as many tokens as still fit behind `prompt`."""
+    from pagedserve.request import SamplingParams
+
+    params = SamplingParams(**{**TERMINAL_DEFAULTS, **llm.generation.defaults, **given})
     room = max(llm.max_model_len - len(prompt), 1)
     return params.replace(max_tokens=min(params.max_tokens or room, room))
 
@@ -206,28 +233,3 @@ def print_version(options: dict[str, Any]) -> int:
     """`pagedserve version`."""
     say(f"pagedserve {__version__}")
     return 0
-
-
-def say(line: str) -> None:
-    """A line for people, at once."""
-    write(f"{line}\n")
-
-
-def write(text: str) -> None:
-    """Text as it comes. Raises PagedServeError where standard output takes no more."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # a reader that has enough, such as `head`: nothing to complain of
-        raise
-    except OSError as error:
-        drop_output()
-        raise PagedServeError(
-            f"cannot write to standard output: {error.strerror or error}"
-        ) from error
-
-
-def drop_output() -> None:
-    """Send what is still buffered nowhere: the interpreter's last flush would fail once more."""
-    with contextlib.suppress(OSError):  # no file at all, as in tests
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

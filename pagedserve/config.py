@@ -52,7 +52,9 @@ class ModelConfig:
     )
     skip_tokenizer_init: bool = option(False, "load no tokenizer: token ids in, token ids out")
     served_model_name: str | None = option(None, "name clients use; the model's own if left out")
-    chat_template: str | None = option(None, "file with a Jinja chat template to use instead")
+    chat_template: str | None = option(
+        None, "file with a Jinja chat template, or the name of one of the model's, to use instead"
+    )
     generation_config: str = option(
         "auto",
         "where sampling defaults and end tokens come from: auto is the model's own "

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from pagedserve.api import checkpoint
 from pagedserve.config import Config
 from pagedserve.engine.channel import Finish, Progress, Ready
 from pagedserve.engine.client import EngineClient
@@ -33,12 +34,13 @@ from pagedserve.request import (
     plain_token_ids,
 )
 from pagedserve.step import TokenLogprobs
-from pagedserve.text.chat import NO_TEMPLATE, ChatTemplate, check_messages, load_text
+from pagedserve.text.chat import NO_TEMPLATE, ChatTemplate, check_messages
 from pagedserve.text.deltas import Delta, TextStream
 from pagedserve.text.outputs import PositionTable, RequestOutput, completion, tables
 from pagedserve.text.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any]
+TELL_SECONDS = 5.0  # between two lines of a download
 POLL_SECONDS = 0.1  # how soon an interrupted `stream` notices
 
 
@@ -89,6 +91,8 @@ class LLM:
     """An engine process with a model, used from one thread of the process that made it.
 
     `options` are the server's, by keyword: `LLM("dir", dtype="float32", max_model_len=2048)`.
+    `generation` is what the model's makers advise (`generation_config.json`), `notes` are lines on
+    it for people.
     Raises StartupError with the cause when the model cannot be served.
     """
 
@@ -106,11 +110,13 @@ class LLM:
         self._template: ChatTemplate | None = None
         self._tokenizer: Tokenizer | None = None
         self._client = EngineClient()
+        self._downloading: Callable[[str, str], None] = lambda phase, detail: None
         # For scripts that just end: no process may stay behind. In a fork, where this runs as
         # well, `close` leaves the engine alone.
         weakref.finalize(self, self._client.close, 0.1)
         if on_progress is not None:
             self._client.on_progress = reporter(on_progress)
+            self._downloading = now_and_then(on_progress)
         try:
             self._load()
         except BaseException:
@@ -118,15 +124,10 @@ class LLM:
             raise
 
     def _load(self) -> None:
-        from pagedserve.models.hub import resolve
-
-        model = self.config.model
-        directory = resolve(model.model, model.revision)
-        self._client.configure(self.config.to_builtins() | {"model": str(directory)})
-        if not model.skip_tokenizer_init:
-            self._tokenizer, self._template = load_text(
-                directory, model.tokenizer, model.chat_template
-            )
+        text = checkpoint.load(self.config.model, self._downloading)
+        self._client.configure(self.config.to_builtins() | text.engine_options())
+        self._tokenizer, self._template = text.tokenizer, text.template
+        self.generation, self.notes = text.generation, text.lines()
         while self._client.ready is None:
             self._client.poll(None)
             if self._client.cause_of_death is not None:
@@ -160,8 +161,8 @@ class LLM:
         return self._client.ready.max_model_len
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses where none are given."""
-        return SamplingParams()
+        """What `generate` uses where none are given, cut to what fits behind each prompt."""
+        return self.generation.sampling_params()
 
     def generate(
         self,
@@ -179,8 +180,6 @@ class LLM:
         """
         self._client.check_available()
         several = as_prompts(prompts)
-        if sampling_params is None:
-            sampling_params = self.get_default_sampling_params()
         wanted = per_prompt(sampling_params, len(several))
         work = [
             self._pending(*self._read_prompt(prompt), params)
@@ -223,10 +222,8 @@ class LLM:
     ) -> Iterator[Delta]:
         """Complete one prompt, Delta by Delta. Ends early, and aborts, once `interrupted()`."""
         self._client.check_available()
-        if sampling_params is None:
-            sampling_params = self.get_default_sampling_params()
-        params = checked_params(sampling_params)
-        if params.n != 1:
+        (params,) = per_prompt(sampling_params, 1)
+        if params is not None and params.n != 1:
             raise RequestError("stream writes one completion; n must be 1", param="n")
         work = self._pending(*self._read_prompt(prompt), params)
         (sink,) = work.sinks
@@ -252,9 +249,16 @@ class LLM:
             raise RequestError("a prompt is a string, or has prompt_token_ids", param="prompt")
         return text, self.get_tokenizer().encode(text)
 
-    def _pending(self, text: str | None, ids: list[int], params: SamplingParams) -> Pending:
+    def _usual_params(self, num_prompt: int) -> SamplingParams:
+        """The default parameters, with no more tokens than fit behind a prompt."""
+        usual = self.get_default_sampling_params()
+        room = max(self.max_model_len - num_prompt, 1)
+        return usual.replace(max_tokens=min(usual.max_tokens or room, room))
+
+    def _pending(self, text: str | None, ids: list[int], params: SamplingParams | None) -> Pending:
         ready = self._client.ready
         assert ready is not None
+        params = self._usual_params(len(ids)) if params is None else params
         if params.stop and (self._tokenizer is None or not params.detokenize):
             raise RequestError("stop strings need a tokenizer and detokenize", param="stop")
         check_vocabulary(params, ready.vocab_size)
@@ -264,7 +268,7 @@ class LLM:
         own = [self._client.next_id() for _ in range(params.n)]
         abort = self._client.abort
         sinks = [
-            Collector(TextStream(self._tokenizer, params), functools.partial(abort, [id]))
+            Collector(TextStream(self._tokenizer, params, ids), functools.partial(abort, [id]))
             for id in own
         ]
         return Pending(text, ids, params, own, sinks)
@@ -326,8 +330,13 @@ def as_prompts(given: Any) -> list[Any]:
     return list(given)
 
 
-def per_prompt(params: Any, num_prompts: int) -> list[SamplingParams]:
-    """One set of parameters for each prompt, of a SamplingParams or a sequence of them."""
+def per_prompt(params: Any, num_prompts: int) -> list[SamplingParams] | list[None]:
+    """One set of parameters for each prompt, of a SamplingParams or a sequence of them.
+
+    None, for all prompts, is the default.
+    """
+    if params is None:
+        return [None] * num_prompts
     if not isinstance(params, (list, tuple)):
         return [checked_params(params)] * num_prompts
     if len(params) != num_prompts:
@@ -346,6 +355,20 @@ def checked_params(params: Any) -> SamplingParams:
             param="sampling_params",
         )
     return params
+
+
+def now_and_then(say: Callable[[str, float], None]) -> Callable[[str, str], None]:
+    """Hands on how far a download is, every few seconds, with the seconds since now."""
+    begun, told = time.monotonic(), float("-inf")
+
+    def report(phase: str, detail: str) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now >= told + TELL_SECONDS:
+            told = now
+            say(f"{phase} {detail}", now - begun)
+
+    return report
 
 
 def reporter(say: Callable[[str, float], None]) -> Callable[[Progress | Ready], None]:

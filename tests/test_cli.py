@@ -18,6 +18,7 @@ from pagedserve.cli import interruptible, main
 from pagedserve.config import DEMO_MODEL, Config
 from pagedserve.engine.client import EngineClient
 from pagedserve.llm import LLM
+from pagedserve.request import SamplingParams
 from pagedserve.version import __version__
 from tests.text.building import byte_level, write_checkpoint
 
@@ -94,6 +95,8 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
         (["serve", "--host", "0.0.0.0"], "--api-key"),
         (["generate", "x", "--model", "/nowhere"], "there is no directory /nowhere"),
         (["generate", "x", "--temperature", "-1"], "temperature must be between"),
+        (["serve", "--hf-overrides", "{"], "--hf-overrides is not valid JSON"),
+        (["generate", "x", "--override-generation-config", "5"], "must be a JSON object"),
     ],
 )
 def test_a_failure_is_one_line_and_status_1(
@@ -121,6 +124,30 @@ def test_generate_streams_to_the_terminal(
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat"))
     assert main(["generate", "-", "--model", checkpoint, "--max-tokens", "5"]) == 0
     assert capsys.readouterr().out == "the cat\n"
+
+
+def test_the_models_own_defaults_stand_between_flags_and_the_terminals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_checkpoint(tmp_path, byte_level())
+    sent: list[SamplingParams] = []
+    stream = LLM.stream
+
+    def note(llm: LLM, prompt: Any, params: SamplingParams, **options: Any) -> Any:
+        sent.append(params)
+        return stream(llm, prompt, params, **options)
+
+    monkeypatch.setattr(LLM, "stream", note)
+    generate = ["generate", "hello", "--model", str(directory)]
+    assert main(generate) == 0
+    (directory / "generation_config.json").write_text('{"temperature": 0.7, "max_new_tokens": 3}')
+    capsys.readouterr()
+    assert main(generate) == 0
+    assert "sampling defaults: temperature 0.7, max_tokens 3 (gen" in capsys.readouterr().err
+    assert main([*generate, "--temperature", "0.2", "--top-k", "4"]) == 0
+    assert [(each.temperature, each.max_tokens, each.top_k) for each in sent] == [
+        (0.0, 256, 0), (0.7, 3, 0), (0.2, 3, 4)
+    ]  # fmt: skip
 
 
 def test_chat_remembers_what_was_said(

@@ -72,6 +72,24 @@ def test_each_prompt_can_have_its_own_parameters(llm: LLM) -> None:
         llm.generate(["x"], [SamplingParams()] * 2)
 
 
+def test_parameters_left_out_are_the_models_own_as_far_as_they_fit(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, byte_level())
+    values = '{"temperature": 0.25, "top_p": 0.5, "max_new_tokens": 20, "eos_token_id": 7}'
+    (directory / "generation_config.json").write_text(values)
+    with LLM(directory, max_model_len=30) as llm:
+        usual = llm.get_default_sampling_params()
+        assert usual == SamplingParams(temperature=0.25, top_p=0.5, max_tokens=20)
+        assert llm.generation.end_token_ids == [7, byte_level().token_to_id("</s>")]
+        short, long = llm.generate([{"prompt_token_ids": [5] * n} for n in (4, 25)])
+        assert len(short.outputs[0].token_ids) == 20
+        assert len(long.outputs[0].token_ids) == 5
+        assert len(list(llm.stream({"prompt_token_ids": [5] * 25}))) == 5
+        with pytest.raises(ContextLengthExceeded):
+            llm.generate({"prompt_token_ids": [5] * 25}, usual)
+    with LLM(directory, generation_config="none", max_model_len=30) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams()
+
+
 def test_logprobs_are_tables_by_token_id(llm: LLM) -> None:
     params = SamplingParams(max_tokens=3, logprobs=2, prompt_logprobs=1)
     (output,) = llm.generate("hello", params)

@@ -28,7 +28,9 @@ async def create_chat_completion(service: Service, request: HttpRequest) -> Resp
     service.check_available()
     body = await read_body(request, ChatBody, NEUTRAL_CHAT)
     check_model(service, body.model)
-    params = body.params(max_tokens=body.limit(), logprobs=body.num_logprobs())
+    params = body.params(
+        service.generation.defaults, max_tokens=body.limit(), logprobs=body.num_logprobs()
+    )
     large = len(await request.body()) > INLINE_BYTES
     prompt, params = await in_thread_if(large, prepare, service, body, params)
     answer = service.submit([prompt], [params], priority=body.priority or 0)
@@ -56,7 +58,8 @@ def prepare(
     service.check_chars([text], param="messages")
     # The template wrote the special tokens; the tokenizer must not add them again.
     ids = service.encode(text, add_special_tokens=False)
-    return ids, service.check(ids, params, param="messages")
+    usual = service.generation.max_tokens
+    return ids, service.check(ids, params, param="messages", usual_tokens=usual)
 
 
 async def whole_choice(

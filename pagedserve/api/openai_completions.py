@@ -18,7 +18,7 @@ from pagedserve.errors import ContextLengthExceeded, RequestError
 from pagedserve.request import FinishReason, SamplingParams
 from pagedserve.text.deltas import Delta
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, where the model has none
 MAX_PROMPTS = 1024
 MAX_PROMPT_ENTRIES = 4_000_000  # log-probabilities of prompts in one answer: about 100 MB of JSON
 MARK = "\ue000"  # stands for the text while a chunk's unchanging part is rendered
@@ -71,6 +71,7 @@ def prepare(service: Service, body: CompletionBody, head: Head) -> Job:
     """
     scoring = bool(body.echo) and body.max_tokens == 0
     params = body.params(
+        service.generation.defaults,
         max_tokens=1 if scoring else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
@@ -95,9 +96,8 @@ def add_prompt(
     assert service.tokenizer is not None
     if job.scoring:
         check_scored(len(ids), service.check_available().max_model_len)
-    settled = service.check(ids, params, param="prompt")
-    if job.body.max_tokens is None and settled.max_tokens is not None:
-        settled = settled.replace(max_tokens=min(settled.max_tokens, DEFAULT_MAX_TOKENS))
+    usual = service.generation.max_tokens or DEFAULT_MAX_TOKENS
+    settled = service.check(ids, params, param="prompt", usual_tokens=usual)
     job.prompts.append(ids)
     job.params.append(settled)
     if job.body.echo:

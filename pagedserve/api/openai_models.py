@@ -23,11 +23,23 @@ async def get_model(service: Service, request: HttpRequest) -> Response:
 
 
 def model_card(service: Service) -> dict[str, Any]:
-    """The served model; `max_model_len` is the context in tokens."""
+    """The served model; `max_model_len` is the context in tokens.
+
+    `pagedserve` is ours: what holds where a request does not say otherwise, and where it is from.
+    """
+    ready, generation = service.check_available(), service.generation
     return {
         "id": service.model_name,
         "object": "model",
         "created": service.created,
         "owned_by": "pagedserve",
-        "max_model_len": service.check_available().max_model_len,
+        "max_model_len": ready.max_model_len,
+        "pagedserve": {
+            "default_sampling_params": generation.defaults,
+            "end_token_ids": ready.eos_token_ids,
+            "generation_config": generation.source or None,
+            "not_applied": generation.not_applied,
+            "hf_overrides": service.config.model.hf_overrides or {},
+            "chat_template": service.template is not None,
+        },
     }

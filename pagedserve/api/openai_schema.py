@@ -105,13 +105,16 @@ class SamplingFields(BaseModel):
         if self.stream_options.include_obfuscation:
             raise unsupported("stream_options.include_obfuscation")
 
-    def params(self, **settled: Any) -> SamplingParams:
-        """The sampling parameters; `settled` are those that the dialects name differently."""
+    def params(self, defaults: Mapping[str, Any], **settled: Any) -> SamplingParams:
+        """The sampling parameters, with the model's `defaults` for what is left out.
+
+        `settled` are those that the dialects name differently.
+        """
         if self.stop is not None and not isinstance(self.stop, (str, list)):
             raise RequestError("stop must be a string or a list of strings", param="stop")
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         given = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams(**given, **settled)
+        return SamplingParams(**{**defaults, **given, **settled})
 
 
 SAMPLING_FIELDS = SamplingFields.model_fields.keys() & set(SamplingParams.__struct_fields__)

@@ -107,8 +107,11 @@ class Life:
             f"{engine.dtype} on {engine.device}, context "
             f"{engine.max_model_len}, {engine.num_blocks} KV blocks of {engine.block_size} tokens",
         )
+        assert service.text is not None
+        for line in service.text.lines():
+            self._say(f"{'':10} {line}")
         self._say(f"\n{service.model_name} is served at {where}/v1 - try:\n")
-        self._say(example(where, service.model_name))
+        self._say(example(where, service.model_name, chat=service.template is not None))
 
     async def _until_the_end(self, service: Service) -> int:
         """Wait for a signal or a death; then drain, or raise the cause."""
@@ -135,12 +138,17 @@ class Life:
         raise PagedServeError(f"the engine died: {cause}")
 
     def _report(self, phase: str, detail: str = "") -> None:
-        """A line when a phase begins, and of a long one every second how far it is."""
+        """A line when a phase begins, and of a long one every second how far it is.
+
+        The latter begin with a carriage return: each takes the place of the one before.
+        """
         now = time.monotonic()
-        if phase == self._reported[0] and now < self._reported[1] + 1.0:
+        again = phase == self._reported[0]
+        if again and now < self._reported[1] + 1.0:
             return
         self._reported = phase, now
-        self._say(f"{now - self._started:6.2f} s  {phase} {detail}".rstrip())
+        line = f"{now - self._started:6.2f} s  {phase} {detail}".rstrip()
+        self._say(f"\r{line}" if again else line)
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -293,10 +301,12 @@ def url(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def example(where: str, model: str) -> str:
-    """A first request to copy."""
+def example(where: str, model: str, *, chat: bool) -> str:
+    """A first request to copy: a chat where the model has a template for it."""
+    route, what = "completions", '"prompt": "Hello"'
+    if chat:
+        route, what = "chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
     return (
-        f"  curl {where}/v1/chat/completions -H 'Content-Type: application/json' -d "
-        f'\'{{"model": "{model}", "stream": true, '
-        '"messages": [{"role": "user", "content": "Hello!"}]}\''
+        f"  curl {where}/v1/{route} -H 'Content-Type: application/json' -d "
+        f'\'{{"model": "{model}", "stream": true, {what}}}\''
     )

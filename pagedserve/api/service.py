@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from pagedserve.api import checkpoint
 from pagedserve.api.answer import Answer
+from pagedserve.api.checkpoint import TextSide
 from pagedserve.api.metrics import Metrics
 from pagedserve.config import DEMO_MODEL, Config
 from pagedserve.engine.channel import Progress, Ready
@@ -28,8 +30,9 @@ from pagedserve.errors import (
     StartupError,
     UnavailableError,
 )
+from pagedserve.models.generation_config import GenerationConfig
 from pagedserve.request import Request, SamplingParams, check_prompt, check_vocabulary, choice_seed
-from pagedserve.text.chat import ChatTemplate, load_text
+from pagedserve.text.chat import ChatTemplate
 from pagedserve.text.deltas import TextStream
 from pagedserve.text.tokenizer import Tokenizer
 
@@ -59,8 +62,7 @@ class Service:
         self.answers: set[Answer] = set()
         self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.on_phase: Callable[[str, str], None] = lambda phase, detail: None
-        self.tokenizer: Tokenizer | None = None
-        self.template: ChatTemplate | None = None
+        self.text: TextSide | None = None
         self.loading = "starting"
         self._ready = asyncio.Event()
 
@@ -99,7 +101,23 @@ class Service:
     @property
     def ready(self) -> Ready | None:
         """What the engine reported, once the tokenizer is loaded too."""
-        return self.client.ready if self.tokenizer is not None else None
+        return self.client.ready if self.text is not None else None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, once it is loaded."""
+        return self.text.tokenizer if self.text is not None else None
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, where there is one."""
+        return self.text.template if self.text is not None else None
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """What a request gets for what it leaves out."""
+        assert self.text is not None, "a request before the start has ended"
+        return self.text.generation
 
     def check_available(self) -> Ready:
         """Raise UnavailableError with the phase or the cause unless requests are taken."""
@@ -112,26 +130,20 @@ class Service:
         return self.ready
 
     async def _load(self) -> None:
-        from pagedserve.models.hub import resolve
-
-        model = self.config.model
-        if model.skip_tokenizer_init:
+        if self.config.model.skip_tokenizer_init:
             raise StartupError("skip_tokenizer_init is for the offline LLM; HTTP speaks text")
         self._enter("finding the model")
         loop = asyncio.get_running_loop()
 
-        def report(detail: str) -> None:  # from the thread
-            loop.call_soon_threadsafe(self._enter, detail)
+        def report(phase: str, detail: str) -> None:  # from the thread
+            loop.call_soon_threadsafe(self._enter, phase, detail)
 
-        directory = await in_daemon_thread(resolve, model.model, model.revision, report)
-        options = self.config.to_builtins() | {"model": str(directory), "api_key": None}
+        text = await in_daemon_thread(checkpoint.load, self.config.model, report)
+        options = self.config.to_builtins() | text.engine_options() | {"api_key": None}
         self.client.configure(options)
-        tokenizer, template = await in_daemon_thread(
-            load_text, directory, model.tokenizer, model.chat_template
-        )
         if self.client.ready is None:
             await self._ready.wait()
-        self.tokenizer, self.template = tokenizer, template
+        self.text = text
 
     def _enter(self, phase: str, detail: str = "") -> None:
         self.loading = " ".join(filter(None, (phase, detail)))
@@ -186,17 +198,32 @@ class Service:
         assert self.tokenizer is not None
         return self.tokenizer.encode(text, add_special_tokens)
 
-    def check(self, prompt: list[int], params: SamplingParams, *, param: str) -> SamplingParams:
-        """`params` settled for `prompt`. Raises RequestError where either is unfit."""
+    def check(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        param: str,
+        usual_tokens: int | None = None,
+    ) -> SamplingParams:
+        """`params` settled for `prompt`. Raises RequestError where either is unfit.
+
+        `usual_tokens`: how many tokens are written at most where `params` leave it open, or as many
+        as the context holds, if those are fewer.
+        """
         ready = self.check_available()
         check_vocabulary(params, ready.vocab_size)
-        return check_prompt(
+        settled = check_prompt(
             prompt,
             params,
             vocab_size=ready.vocab_size,
             max_model_len=ready.max_model_len,
             param=param,
         )
+        if params.max_tokens is not None or usual_tokens is None:
+            return settled
+        assert settled.max_tokens is not None, "check_prompt settles max_tokens"
+        return settled.replace(max_tokens=min(settled.max_tokens, usual_tokens))
 
     def submit(
         self, prompts: list[list[int]], params: list[SamplingParams], *, priority: int = 0
@@ -216,7 +243,7 @@ class Service:
                 requests.append(
                     Request(self.client.next_id(), prompt, wanted, seed, priority, answer.arrival)
                 )
-        sinks = [answer.add(each, TextStream(self.tokenizer, each.params)) for each in requests]
+        sinks = [answer.add(each, self._stream(each)) for each in requests]
         self.answers.add(answer)
         try:
             self.client.submit(requests, sinks)
@@ -224,6 +251,9 @@ class Service:
             answer.close()
             raise
         return answer
+
+    def _stream(self, request: Request) -> TextStream:
+        return TextStream(self.tokenizer, request.params, request.prompt_token_ids)
 
 
 def check_num_sequences(total: int) -> None:

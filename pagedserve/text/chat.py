@@ -7,7 +7,7 @@ messages (`{"role", "content"}`), no tokens and no HTTP.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -191,35 +191,53 @@ def to_json(
 def find_template(directory: str | Path, override: str | None = None) -> str | None:
     """The source of a checkpoint's chat template, or None.
 
-    In order: the file `override`; `chat_template.jinja`; `chat_template.json`; `chat_template` in
-    `tokenizer_config.json`. Of several named templates the one called "default" is taken. Raises
-    StartupError naming the file that cannot be read.
+    In order: `override`, a file or the name of one of the checkpoint's templates;
+    `chat_template.jinja`; `chat_template.json`; `chat_template` in `tokenizer_config.json`. Of
+    several named templates the one called "default" is taken. Raises StartupError naming the file
+    that cannot be read, and where there is none to take.
     """
-    if override is not None:
-        return read_template(Path(override))
     where = Path(directory)
-    if (where / "chat_template.jinja").is_file():
-        return read_template(where / "chat_template.jinja")
+    if override is not None:
+        path = Path(override).expanduser()
+        named = {} if path.is_file() else own_templates(where)
+        return named[override] if override in named else read_template(path, named)
+    templates = own_templates(where)
+    if templates and "default" not in templates:
+        raise StartupError(
+            f"{where} has several chat templates, {', '.join(templates)}, and none is the default; "
+            "choose one with --chat-template NAME"
+        )
+    return templates.get("default")
+
+
+def own_templates(directory: Path) -> dict[str, str]:
+    """The checkpoint's templates by name; one without a name is "default"."""
+    if (directory / "chat_template.jinja").is_file():
+        return {"default": read_template(directory / "chat_template.jinja")}
     for name in ("chat_template.json", "tokenizer_config.json"):
-        template = read_json(where / name).get("chat_template")
-        if isinstance(template, list):
-            template = named_templates(template, where / name)
-        if isinstance(template, dict):
-            template = template.get("default")
-        if isinstance(template, str):
-            return template
-    return None
+        path = directory / name
+        found = read_json(path).get("chat_template")
+        if isinstance(found, list):
+            found = named_templates(found, path)
+        if isinstance(found, str):
+            found = {"default": found}
+        if isinstance(found, dict) and all(isinstance(source, str) for source in found.values()):
+            return found
+        if found is not None:
+            raise StartupError(f"chat_template in {path} must be text, or texts by name")
+    return {}
 
 
-def read_template(path: Path) -> str:
-    """The text of a template's file. Raises StartupError naming it."""
+def read_template(path: Path, named: Iterable[str] = ()) -> str:
+    """The text of a template's file. Raises StartupError naming it, and what `named` there was."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
     except UnicodeDecodeError as error:
         reason = f"it is not UTF-8 at byte {error.start}"
-    raise StartupError(f"the chat template {path} cannot be read: {reason}")
+    names = f"; templates of the checkpoint by name: {', '.join(named)}" if named else ""
+    raise StartupError(f"the chat template {path} cannot be read: {reason}{names}")
 
 
 def named_templates(entries: list[Any], path: Path) -> dict[str, Any]:
@@ -233,16 +251,24 @@ def named_templates(entries: list[Any], path: Path) -> dict[str, Any]:
 
 
 def load_text(
-    directory: str | Path, tokenizer: str | None = None, chat_template: str | None = None
+    directory: str | Path,
+    *,
+    chat_template: str | None = None,
+    class_defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Tokenizer, ChatTemplate | None]:
     """Tokenizer and chat template of the checkpoint in `directory`.
 
-    `tokenizer` is another directory to take both from, `chat_template` a file to use instead of the
-    checkpoint's. Raises StartupError.
+    `chat_template` is a file to use instead of the checkpoint's own; `class_defaults` as in
+    `Tokenizer.from_directory`. Raises StartupError.
     """
-    source = tokenizer or directory
-    loaded = Tokenizer.from_directory(source)
-    template = find_template(source, chat_template)
+    loaded = Tokenizer.from_directory(directory, class_defaults)
+    template = find_template(directory, chat_template)
     if template is None:
         return loaded, None
-    return loaded, ChatTemplate(template, loaded.special_tokens)
+    try:
+        return loaded, ChatTemplate(template, loaded.special_tokens)
+    except StartupError as error:
+        where = chat_template or directory
+        raise StartupError(
+            f"{error.message}; it is from {where}; give another with --chat-template FILE"
+        ) from error

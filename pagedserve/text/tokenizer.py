@@ -82,6 +82,13 @@ class Tokenizer:
                 f"{directory / 'tokenizer_config.json'} holds a value of the wrong type: {error}"
             ) from error
 
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends a text; None where the settings name none."""
+        end = self.special_tokens.get("eos_token")
+        id: int | None = None if end is None else self.backend.token_to_id(end)
+        return id
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` also what the model expects around it.
 

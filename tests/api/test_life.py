@@ -177,7 +177,10 @@ def test_a_killed_engine_is_named(start: Any) -> None:
     [
         ({"load_format": "dummy"}, "a toy cannot hold dummy weights"),
         ({"model": "/nowhere"}, "there is no directory /nowhere"),
-        ({"tokenizer": "/nowhere"}, "there is no tokenizer.json"),
+        ({"tokenizer": "/nowhere"}, "there is no directory /nowhere"),
+        ({"chat_template": "/nowhere/x"}, "the chat template /nowhere/x cannot be read"),
+        ({"generation_config": "/nowhere"}, "--generation-config /nowhere: there is no file"),
+        ({"revision": "v2"}, "--revision v2 is for hub ids"),
         ({"skip_tokenizer_init": True}, "skip_tokenizer_init is for the offline LLM"),
     ],
 )

@@ -158,10 +158,11 @@ def main(fd: int) -> None:
         if options["max_num_seqs"] == 13:  # a start that never ends
             time.sleep(600)
         vocab_size, eos = 600, 2
-        from tokenizers import Tokenizer
+        if os.path.exists(options["model"] + "/tokenizer.json"):
+            from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(options["model"] + "/tokenizer.json")
-        vocab_size, eos = tokenizer.get_vocab_size(), tokenizer.token_to_id("</s>")
+            tokenizer = Tokenizer.from_file(options["model"] + "/tokenizer.json")
+            vocab_size, eos = tokenizer.get_vocab_size(), tokenizer.token_to_id("</s>")
         longest = options["max_model_len"] or MAX_MODEL_LEN
         channel.send(Ready(vocab_size, longest, 100, 16, 256, [eos], "cpu", "float32", 0.1))
         Toy(channel, eos, vocab_size).run()

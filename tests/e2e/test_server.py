@@ -78,12 +78,31 @@ def test_seeded_choices_differ_from_each_other_and_repeat(server: LiveServer) ->
     with client(server) as api:
         runs = [
             api.completions.create(
-                model="pagedserve-demo", prompt="Once upon a time", n=4, seed=11, max_tokens=20
+                model="pagedserve-demo",
+                prompt="Once upon a time",
+                n=4,
+                seed=11,
+                max_tokens=20,
+                temperature=1,
             )
             for _ in range(2)
         ]
     texts = [[choice.text for choice in run.choices] for run in runs]
     assert texts[0] == texts[1] and len(set(texts[0])) == 4
+
+
+def test_the_demo_takes_the_likeliest_token_unless_asked_otherwise(server: LiveServer) -> None:
+    """Its generation_config.json says so; requests without a seed draw a fresh one."""
+
+    def write(**params: Any) -> str:
+        answer = api.completions.create(
+            model="pagedserve-demo", prompt="Once upon a time", max_tokens=20, **params
+        )
+        return answer.choices[0].text
+
+    with client(server) as api:
+        assert write() == write(temperature=0)
+        assert len({write(temperature=3) for _ in range(2)}) == 2
 
 
 def test_many_streams_at_once_each_get_their_own_text(server: LiveServer) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pagedserve.errors import RequestError, StartupError
 from pagedserve.text.chat import ChatTemplate, check_messages, find_template, load_text
-from tests.text.building import BOS, CHAT_TEMPLATE, byte_level, write_checkpoint
+from tests.text.building import CHAT_TEMPLATE, byte_level, write_checkpoint
 
 USER = {"role": "user", "content": "hi <b> 日本"}
 EACH = "{% for m in messages %}"
@@ -107,11 +107,34 @@ def test_named_templates_without_name_or_template_are_refused(
         find_template(tmp_path)
 
 
-def test_another_directory_can_give_the_tokenizer(tmp_path: Path) -> None:
-    other = write_checkpoint(tmp_path / "other", byte_level())
-    tokenizer, template = load_text(tmp_path, tokenizer=str(other))
-    assert tokenizer.special_tokens["bos_token"] == BOS
-    assert template is not None
+def test_of_several_templates_one_can_be_chosen_by_its_name(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"chat_template": {"default": "one", "tools": "two"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert find_template(tmp_path) == "one"
+    assert find_template(tmp_path, "tools") == "two"
+    with pytest.raises(StartupError, match="rag cannot be read: .*by name: default, tools"):
+        find_template(tmp_path, "rag")
+    del config["chat_template"]["default"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError, match="several chat templates, tools, and none is the defau"):
+        find_template(tmp_path)
+
+
+@pytest.mark.parametrize("value", [5, {"default": None}, True])
+def test_a_template_of_the_wrong_type_is_named(value: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(StartupError, match="chat_template in .*tokenizer_config.json must be text"):
+        find_template(tmp_path)
+
+
+def test_a_template_that_cannot_be_compiled_names_its_place(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "own", byte_level(), chat_template="{% for %}")
+    with pytest.raises(StartupError, match=f"compiled.*from {directory}; give another with --chat"):
+        load_text(directory)
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ }")
+    with pytest.raises(StartupError, match=f"compiled.*from {file}"):
+        load_text(directory, chat_template=str(file))
 
 
 def test_messages_come_out_as_templates_take_them() -> None:
