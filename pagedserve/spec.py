@@ -70,15 +70,17 @@ class Attn:
     chunk           a query sees its own chunk of so many positions only (None: all)
     softcap         scores become softcap · tanh(score / softcap)
     alibi           the biases' span, 8 in the paper (Press et al. 2022); None: no biases
+    alibi_factor    multiplies the biases' slopes
     sinks           one learned score a head that takes part in the softmax and has no value
     qk_norm         of q and k, before the rotation unless `norm_after_rope`
     qk_norm_over    a head, by a weight that all heads share; a head, by a weight of its own; or all
                     heads at once
     out_norm        of what the output matrix gets
-    clip            q, k and v are clamped to ± clip
+    clip            q, k and v are clamped to ± clip, behind the norm and before the rotation
     packed          how the checkpoint holds q, k, v, if as one tensor (role "qkv"): all of q, k, v
                     one after the other; q, k, v of each head; the queries, k, v of each group of
-                    heads; or, of four slices, q, v, k of each (CodeGen)
+                    heads; or, of four slices, q, v, k of each (CodeGen). "pairs": q is a tensor of
+                    its own, k and v of each head are another (role "kv")
     values_in_keys  the values are the first so many numbers of the keys, and only the keys are in
                     the cache (None: values are their own)
     """
@@ -92,6 +94,7 @@ class Attn:
     chunk: int | None = None
     softcap: float | None = None
     alibi: float | None = None
+    alibi_factor: float = 1.0
     sinks: bool = False
     qk_norm: Norm | None = None
     qk_norm_over: Literal["head", "own head", "all heads"] = "head"
@@ -99,7 +102,7 @@ class Attn:
     query_scale: QueryScale | None = None
     out_norm: Norm | None = None
     clip: float | None = None
-    packed: Literal["no", "qkv", "heads", "groups", "slices"] = "no"
+    packed: Literal["no", "qkv", "heads", "groups", "slices", "pairs"] = "no"
     values_in_keys: int | None = None
 
     @property
@@ -201,11 +204,15 @@ class Layer:
     order   sequential   x += attn(norm(x)); x += ffn(norm(x))
             parallel     x += attn(norm(x)) + ffn(norm(x)), by one norm where "pre_ffn" is absent
             post         x = norm(x + attn(x)); x = norm(x + ffn(x)), by the same roles
+            normed       x = norm(x); x += attn(x); x = norm(x); x += ffn(x)
+    skip    (layer, share): before all of this, `share` of what that earlier layer got and 1 - share
+            of x
     """
 
     attn: Attn | Mla | Matmul | None
     ffn: Mlp | Moe | Matmul | None
-    order: Literal["sequential", "parallel", "post"] = "sequential"
+    order: Literal["sequential", "parallel", "post", "normed"] = "sequential"
+    skip: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +241,7 @@ class DecoderSpec:
     residual_scale   multiplies what attention and feed-forward add
     logit_scale, logit_softcap   of the head's output, in this order
     tied_head        the head is the embedding, unless the checkpoint holds another one
-    unit_head        the head's rows are normalised to length 1 (Baichuan 2)
+    unit_head        the head's rows, or its columns, are normalised to length 1
     transposed       linear weights are stored [in, out] (Conv1D)
     """
 
@@ -255,7 +262,7 @@ class DecoderSpec:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     tied_head: bool = False
-    unit_head: bool = False
+    unit_head: Literal["rows", "columns"] | None = None
     transposed: bool = False
 
     def cached(self) -> list[Attn]:

@@ -52,14 +52,19 @@ def config_of(family: str, **overrides: Any) -> Any:
     return config
 
 
-def tiny_model(family: str, *, seed: int = 0, **config_overrides: Any) -> Any:
-    """A transformers model in float32, in eval mode, its parameters random by `seed`."""
+def tiny_model(
+    family: str, *, seed: int = 0, attention: str = "eager", **config_overrides: Any
+) -> Any:
+    """A transformers model in float32, in eval mode, its parameters random by `seed`.
+
+    `attention`: which of transformers' implementations.
+    """
     from transformers import AutoModelForCausalLM
 
     config = config_of(family, **config_overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         model = model.eval().float()
         with torch.no_grad():
             for parameter in model.parameters():

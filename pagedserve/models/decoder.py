@@ -2,7 +2,7 @@
 
 The residual stream, from tokens to logits:
     hidden = embed(tokens)
-    hidden = hidden + attention(norm(hidden))      once a layer, in one of three orders
+    hidden = hidden + attention(norm(hidden))      once a layer, in one of four orders
     hidden = hidden + feed_forward(norm(hidden))
     logits = head(norm(hidden))
 """
@@ -39,7 +39,7 @@ class Part(Protocol):
 class Block:
     """One layer with its weights; None for what it does not have. See `spec.Layer`."""
 
-    order: Literal["sequential", "parallel", "post"]
+    order: Literal["sequential", "parallel", "post", "normed"]
     pre_attn: Normalize | None
     attention: Part | None
     post_attn: Normalize | None
@@ -47,6 +47,7 @@ class Block:
     ffn: Part | None
     post_ffn: Normalize | None
     residual_scale: float
+    skip: tuple[int, float] | None = None
 
     def __call__(self, x: Tensor, forward: Forward) -> Tensor:
         """x: [T, C] → the same."""
@@ -56,6 +57,11 @@ class Block:
             for part, norm in ((self.attention, self.pre_attn), (self.ffn, self.pre_ffn)):
                 x = normed(norm, x if part is None else part(x, x, forward))
             return x
+        if self.order == "normed":
+            x = normed(self.pre_attn, x)
+            x = self.add(self.attention, x, x, self.post_attn, forward)
+            x = normed(self.pre_ffn, x)
+            return self.add(self.ffn, x, x, self.post_ffn, forward)
         x = self.add(self.attention, normed(self.pre_attn, x), x, self.post_attn, forward)
         return self.add(self.ffn, normed(self.pre_ffn, x), x, self.post_ffn, forward)
 
@@ -135,9 +141,21 @@ class Decoder:
             angles = [rotary.angles(batch.positions, x.dtype) for rotary in self.rotaries]
             scales = [query_scale(each, batch.positions, x.dtype) for each in self.query_scales]
             forward = Forward(kv_layers, backend, plan, angles, scales)
-            for block in self.blocks:
-                x = block(x, forward)
+            x = self.through(x, forward)
             return normed(self.final_norm, x)
+
+    def through(self, x: Tensor, forward: Forward) -> Tensor:
+        """All blocks, the earlier layers that a later one asks for kept until then. x: [T, C]."""
+        kept: dict[int, Tensor] = {}
+        wanted = {block.skip[0] for block in self.blocks if block.skip is not None}
+        for i, block in enumerate(self.blocks):
+            if i in wanted:
+                kept[i] = x
+            if block.skip is not None:
+                layer, share = block.skip
+                x = share * kept[layer] + (1 - share) * x
+            x = block(x, forward)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, C], rows of what `forward` returned → [n, vocab] float32."""

@@ -12,6 +12,8 @@ from pagedserve.errors import StartupError
 
 DEFAULT_THETA = 10000.0
 OLDER_NAMES = {"su": "longrope"}
+THETA = ("rope_theta", "rotary_emb_base")
+SHARE = ("partial_rotary_factor", "rotary_pct", "rope_pct")
 TRAINED = "original_max_position_embeddings"
 
 
@@ -42,9 +44,10 @@ def filled(given: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         raise StartupError(f"config.json: rope type {kind!r} is not supported")
     found["rope_type"] = OLDER_NAMES.get(kind, kind)
     default = config.get("default_theta") or DEFAULT_THETA
-    found.setdefault("rope_theta", config.get("rope_theta") or default)
-    if config.get("partial_rotary_factor") is not None:
-        found.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    found.setdefault("rope_theta", first(config, THETA) or default)
+    share = first(config, SHARE)
+    if share is not None:
+        found.setdefault("partial_rotary_factor", share)
     if found["rope_type"] == "default":
         return found
     if found["rope_type"] == "longrope" and config.get(TRAINED) is not None:
@@ -56,3 +59,8 @@ def filled(given: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         if longest and trained:
             found["factor"] = longest / trained
     return found
+
+
+def first(config: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """The value of the first of `keys` that has one: what a thing is called, the newest first."""
+    return next((config[key] for key in keys if config.get(key) is not None), None)

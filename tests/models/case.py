@@ -10,6 +10,7 @@ from typing import Any
 class Case:
     """`family`: transformers' model type. `config`: its tiny config, over `checkpoints.COMMON`.
 
+    `attention`: transformers' implementation that is the witness, where the eager one is wrong.
     `context`: what `--max-model-len` says, for scalings that depend on it. `lengths`: of prompts.
     """
 
@@ -18,3 +19,4 @@ class Case:
     context: int | None = None
     lengths: tuple[int, ...] = (37, 61)
     block_size: int = 5
+    attention: str = "eager"

@@ -25,7 +25,7 @@ MAX_ERROR = 1e-5
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_greedy_tokens_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    reference = tiny_model(case.family, **case.config)
+    reference = tiny_model(case.family, attention=case.attention, **case.config)
     save(reference, tmp_path)
     model = load_model(tmp_path, device=pick("cpu"), context=case.context)
     prompts = random_prompts(case, model.spec.vocab_size)

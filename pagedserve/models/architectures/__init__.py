@@ -37,7 +37,7 @@ def spec_of(
         raise StartupError(
             f"architecture {name} is not supported; supported: {', '.join(supported())}"
         )
-    check_values(config, f"config.json of {name}")
+    check_values(config, f"config.json of {name}", family.may_be_null)
     try:
         return family.build(wrap(config))
     except KeyError as missing:

@@ -37,6 +37,18 @@ SIZES = (
     "attention_heads",
     "max_seq_len",
     "seq_length",
+    "max_sequence_length",
+    "base_seqlen",
+    "padded_vocab_size",
+    "multi_query_group_num",
+    "kv_channels",
+    "n_embed",
+    "n_head_kv",
+    "rotary_dim",
+    "window_size",
+    "word_embed_proj_dim",
+    "intermediate_multiple_size",
+    "dim_model_base",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
     "num_experts",
@@ -68,6 +80,19 @@ NUMBERS = (
     "query_pre_attn_scalar",
     "routed_scaling_factor",
     "clip_qkv",
+    "layernorm_epsilon",
+    "rotary_pct",
+    "rotary_emb_base",
+    "rope_pct",
+    "rope_ratio",
+    "scale_emb",
+    "scale_depth",
+    "expansion_ratio",
+    "embeddings_scale",
+    "mup_embeddings_scale",
+    "width_scale",
+    "mup_width_scale",
+    "mup_output_alpha",
 )
 FLAGS = (
     "tie_word_embeddings",
@@ -77,6 +102,34 @@ FLAGS = (
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
     "add_cross_attention",
+    "multi_query",
+    "use_parallel_residual",
+    "new_decoder_architecture",
+    "parallel_attn",
+    "alibi",
+    "bias",
+    "qkv_bias",
+    "use_qkv_bias",
+    "use_bias",
+    "no_bias",
+    "norm_head",
+    "do_layer_norm_before",
+    "enable_bias",
+    "layer_norm_elementwise_affine",
+    "scale_embedding",
+    "apply_residual_connection_post_layernorm",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "rmsnorm",
+    "post_layer_norm",
+    "multi_query_attention",
+    "original_rope",
+    "use_dynamic_ntk",
+    "use_logn_attn",
+    "learned_pos_emb",
+    "scale_qk_dot_by_d",
+    "mup_scale_qk_dot_by_d",
+    "norm_topk_prob",
 )
 # null there is as good as leaving it out, or says that there is none
 MAY_BE_NULL = frozenset(
@@ -84,6 +137,7 @@ MAY_BE_NULL = frozenset(
         "num_key_value_heads",
         "num_kv_heads",
         "head_dim",
+        "word_embed_proj_dim",
         "n_inner",
         "ffn_hidden_size",
         "q_lora_rank",
@@ -112,8 +166,13 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_values(config: Mapping[str, Any], where: str) -> None:
-    """Raise StartupError, beginning with `where`, for the first value of the wrong type."""
+def check_values(
+    config: Mapping[str, Any], where: str, may_be_null: frozenset[str] = frozenset()
+) -> None:
+    """Raise StartupError, beginning with `where`, for the first value of the wrong type.
+
+    `may_be_null`: keys that this family may give as null, besides those that any may.
+    """
     for keys, is_right, words in (
         (SIZES, is_size, "a positive integer"),
         (COUNTS, is_integer, "an integer"),
@@ -121,7 +180,7 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
         (FLAGS, is_flag, "true or false"),
     ):
         for key in keys:
-            if key in config and not (config[key] is None and key in MAY_BE_NULL):
+            if key in config and not (config[key] is None and key in MAY_BE_NULL | may_be_null):
                 check(key, config[key], where, is_right, words)
     rope = config.get("rope_parameters") or {}
     for one in [rope] if "rope_type" in rope else rope.values():

@@ -83,6 +83,7 @@ def block(reader: Reader, i: int, shared: Shared) -> Block:
         ffn=feed_forward(reader, i),
         post_ffn=reader.norm("post_ffn", i) if parts[1] else None,
         residual_scale=reader.spec.residual_scale,
+        skip=layer.skip,
     )
 
 
@@ -97,8 +98,9 @@ def read_head(reader: Reader, embedding: Embedding) -> Head:
         weight = reader.tensor("head", tuple(table.shape))
         if spec.tied_head and torch.equal(weight, table):
             weight = table
-    if spec.unit_head:
-        weight = torch.nn.functional.normalize(weight.float(), dim=-1).to(weight.dtype)
+    if spec.unit_head is not None:
+        dim = 1 if spec.unit_head == "rows" else 0
+        weight = torch.nn.functional.normalize(weight.float(), dim=dim).to(weight.dtype)
     bias = None
     if reader.has_bias("head"):
         bias = reader.tensor("head", (spec.vocab_size,), part="bias")

@@ -11,7 +11,7 @@ from pagedserve.layers.attention import Attention, QkNorm, alibi_slopes
 from pagedserve.layers.linear import Linear, Mapping
 from pagedserve.layers.mla import LatentAttention, Query
 from pagedserve.layers.norm import AllHeadsNorm, HeadNorm
-from pagedserve.models.assembly.packing import attention_rows, halves
+from pagedserve.models.assembly.packing import attention_rows, halves, stored_as
 from pagedserve.models.assembly.reader import Reader, Rows
 from pagedserve.spec import Attn, DecoderSpec, Matmul, Mla, QueryScale, Rope
 
@@ -60,7 +60,8 @@ def attention(reader: Reader, i: int, shared: Shared) -> Mixer | None:
         return latent_attention(reader, spec, i, shared, place)
     slopes = sinks = None
     if spec.alibi is not None:
-        slopes = alibi_slopes(spec.heads, spec.alibi).to(reader.device.torch)
+        slopes = alibi_slopes(spec.heads, spec.alibi) * spec.alibi_factor
+        slopes = slopes.to(reader.device.torch)
     if spec.sinks:
         sinks = reader.tensor("sinks", (spec.heads,), i, part="", dtype=torch.float32)
     width = spec.heads * spec.head_dim
@@ -81,10 +82,9 @@ def attention(reader: Reader, i: int, shared: Shared) -> Mixer | None:
 
 def query_key_value(reader: Reader, attn: Attn, i: int) -> Linear:
     """One matrix of all three."""
-    packed = attn.packed != "no"
     counts = {"q": attn.heads, "k": attn.kv_heads, "v": attn.kv_heads}
     parts = [
-        Rows("qkv" if packed else role, heads * attn.head_dim, attention_rows(attn, role))
+        Rows(stored_as(attn, role), heads * attn.head_dim, attention_rows(attn, role))
         for role, heads in counts.items()
     ]
     return reader.stacked(parts, reader.spec.hidden_size, i)

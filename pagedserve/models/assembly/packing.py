@@ -17,9 +17,19 @@ from pagedserve.spec import Attn, Rope
 SLICES = 4  # CodeGen was trained on so many devices and stored that way
 
 
+def stored_as(attn: Attn, role: str) -> str:
+    """The role of the tensor that holds `role` (q, k or v)."""
+    if attn.packed == "no" or (attn.packed == "pairs" and role == "q"):
+        return role
+    return "kv" if attn.packed == "pairs" else "qkv"
+
+
 def packed_rows(attn: Attn) -> dict[str, Tensor]:
-    """Rows of q, k and v in the tensor that holds all three, each [heads, D] int64."""
+    """Rows of q, k and v in the tensors that hold them (`stored_as`), each [heads, D] int64."""
     h, k, d = attn.heads, attn.kv_heads, attn.head_dim
+    if attn.packed == "pairs":
+        of_pair = torch.arange(2 * k * d).view(k, 2, d)
+        return {"q": torch.arange(h * d).view(h, d), "k": of_pair[:, 0], "v": of_pair[:, 1]}
     if attn.packed == "heads":
         of_head = torch.arange(3 * h * d).view(h, 3, d)
         return {"q": of_head[:, 0], "k": of_head[:, 1], "v": of_head[:, 2]}
