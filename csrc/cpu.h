@@ -63,6 +63,18 @@ static INLINE Vec exp(Vec x) {
     return p * (Vec)(((IntVec)shifted << 23) + (127 << 23));
 }
 
+// tanh to 2 ulp: a polynomial where |x| is small (Cephes), else 1 - 2 / (e^2|x| + 1) with x's sign.
+static INLINE Vec tanh(Vec x) {
+    Vec z = x * x, size = x < 0.0f ? -x : x;
+    Vec p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    Vec large = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+    large = x < 0.0f ? -large : large;
+    return size < 0.625f ? p * z * x + x : large;
+}
+
 // Run task(0) ... task(tasks - 1), on up to `threads` threads. The caller takes tasks like the
 // others and waits only for those that another thread has begun, so a core that is busy elsewhere
 // costs nothing; idle threads sleep. One caller at a time.

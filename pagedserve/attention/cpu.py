@@ -37,8 +37,6 @@ class CpuAttention:
             return f"a cache of {kv_dtype} is not supported"
         if attn.heads % attn.kv_heads:
             return f"{attn.heads} query heads do not divide among {attn.kv_heads} key/value heads"
-        if attn.softcap or attn.alibi or attn.sinks or attn.chunk or attn.values_in_keys:
-            return "it does plain attention only"
         return None
 
     def plan(self, batch: Batch) -> CpuPlan:
@@ -59,6 +57,18 @@ class CpuAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionBackend`."""
-        assert self.kernels is not None and v is not None
+        assert self.kernels is not None
+        assert (slopes is None) == (attn.alibi is None) and (sinks is not None) == attn.sinks
         self.kernels.kv_write(kv, plan.slot_mapping, k, v)
-        return self.kernels.paged_attention(q, kv, plan.rows, scale=attn.scale, window=attn.window)
+        return self.kernels.paged_attention(
+            q,
+            kv,
+            plan.rows,
+            scale=attn.scale,
+            window=attn.window,
+            chunk=attn.chunk,
+            softcap=attn.softcap,
+            slopes=slopes,
+            sinks=sinks,
+            values_in_keys=attn.values_in_keys,
+        )

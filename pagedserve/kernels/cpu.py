@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "silu_and_mul": (None, [P, P, L, L]),
     "rotary": (None, [P, L, P, P, P, L, L, L, L]),
     "kv_write": (None, [P, L, P, L, P, L, L, P, L, L, L]),
-    "paged_attention": (None, [P, L, P, L, L, P, L, P, P, P, L, L, L, L, L, L, F, N]),
+    "paged_attention": (
+        None,
+        [P, L, P, L, L, P, L, P, P, L, P, L, L, L, L, L, L, L, F, F, P, P, N],
+    ),
 }
 
 
@@ -41,17 +44,26 @@ def load() -> Kernels | None:
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """The rows of a step, checked once for all layers. All int64, as in `Batch`."""
+    """The rows of a step, checked once for all layers. All int64, as in `Batch`.
+
+    arguments: the same as the kernel takes them.
+    """
 
     block_tables: Tensor
     seq_lens: Tensor
     query_start_loc: Tensor
+    arguments: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         for t in (self.block_tables, self.seq_lens, self.query_start_loc):
             assert t.dtype is torch.int64 and t.stride(-1) == 1 and t.is_cpu, (t.dtype, t.device)
         count = self.block_tables.shape[0]
         assert self.seq_lens.shape == (count,) and self.query_start_loc.shape == (count + 1,)
+        arguments = (
+            self.block_tables.data_ptr(), self.block_tables.stride(0),
+            self.seq_lens.data_ptr(), self.query_start_loc.data_ptr(), count,
+        )  # fmt: skip
+        object.__setattr__(self, "arguments", arguments)
 
 
 class Kernels:
@@ -98,16 +110,20 @@ class Kernels:
         )  # fmt: skip
         return y
 
-    def kv_write(self, kv: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
+    def kv_write(self, kv: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor | None) -> None:
         """`reference.kv_write`. k, v: any stride between tokens; a block's keys are contiguous."""
         tokens, heads, size = k.shape
-        check(kv, k, v)
-        assert k.shape == v.shape and slot_mapping.shape == (tokens,)
-        assert k.stride()[1:] == v.stride()[1:] == kv.stride()[3:] == (size, 1)
-        assert kv.shape[3:] == (heads, size) and kv.stride(2) == heads * size
+        check(kv, k)
+        assert slot_mapping.shape == (tokens,) and heads_follow(k)
+        assert kv.shape[3:] == (heads, size) and kv.stride()[2:] == (heads * size, size, 1)
         assert slot_mapping.dtype == torch.int64 and slot_mapping.is_contiguous()
+        assert kv.shape[1] == (1 if v is None else 2)
+        if v is not None:
+            check(v)
+            assert v.shape == k.shape and heads_follow(v)
         self.native.kv_write(
-            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
+            k.data_ptr(), k.stride(0),
+            None if v is None else v.data_ptr(), 0 if v is None else v.stride(0),
             kv.data_ptr(), kv.stride(0), kv.stride(1),
             slot_mapping.data_ptr(), tokens, heads * size, kv.shape[2],
         )  # fmt: skip
@@ -120,23 +136,35 @@ class Kernels:
         *,
         scale: float,
         window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        values_in_keys: int | None = None,
     ) -> Tensor:
         """`reference.paged_attention`.
 
-        q: any stride between tokens; a block's keys are contiguous, and its values.
+        q: any stride between tokens; a block's keys are contiguous, and its values. slopes, sinks:
+        contiguous.
         """
-        _, heads, size = q.shape
-        _, _, block_size, kv_heads, _ = kv.shape
+        tokens, heads, size = q.shape
+        _, parts, block_size, kv_heads, _ = kv.shape
         check(q, kv)
-        assert q.stride()[1:] == kv.stride()[3:] == (size, 1) and heads % kv_heads == 0
-        assert kv.shape[4] == size and kv.stride(2) == kv_heads * size
-        out = q.new_empty(q.shape)
+        assert heads_follow(q) and heads % kv_heads == 0 and kv.shape[4] == size
+        assert kv.stride()[2:] == (kv_heads * size, size, 1)
+        assert parts == (2 if values_in_keys is None else 1)
+        assert values_in_keys is None or 0 < values_in_keys <= size
+        assert window is None or window > 0
+        assert chunk is None or chunk > 0
+        assert softcap is None or softcap > 0
+        value_size = values_in_keys or size
+        out = q.new_empty((tokens, heads, value_size))
         self.native.paged_attention(
-            q.data_ptr(), q.stride(0), kv.data_ptr(), kv.stride(0), kv.stride(1),
-            rows.block_tables.data_ptr(), rows.block_tables.stride(0),
-            rows.seq_lens.data_ptr(), rows.query_start_loc.data_ptr(), out.data_ptr(),
-            rows.seq_lens.shape[0], heads, kv_heads, size, block_size, window or 0, scale,
-            self.threads,
+            q.data_ptr(), q.stride(0),
+            kv.data_ptr(), kv.stride(0), 0 if values_in_keys else kv.stride(1),
+            *rows.arguments, out.data_ptr(), heads, kv_heads, size, value_size, block_size,
+            window or 0, chunk or 0, scale, softcap or 0.0,
+            per_head(slopes, heads), per_head(sinks, heads), self.threads,
         )  # fmt: skip
         return out
 
@@ -190,6 +218,20 @@ class PackedMatrix:
 
     def tensors(self) -> list[Tensor]:
         return [self.packed]
+
+
+def heads_follow(x: Tensor) -> bool:
+    """Whether the heads of each token of x, [T, heads, size], lie one after the other."""
+    return x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
+
+
+def per_head(values: Tensor | None, heads: int) -> int | None:
+    """Where one number for each head lies."""
+    if values is None:
+        return None
+    check(values)
+    assert values.shape == (heads,) and values.is_contiguous()
+    return values.data_ptr()
 
 
 def check(*tensors: Tensor) -> None:

@@ -68,16 +68,18 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def kv_write(kv: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
+def kv_write(kv: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor | None) -> None:
     """Write the keys and values of T tokens where their slots say.
 
     kv: [num_blocks, 2, block_size, K, D], any stride between blocks; slot_mapping: [T] int64,
-    block · block_size + offset; k, v: [T, K, D].
+    block · block_size + offset; k, v: [T, K, D]. Without v: kv [num_blocks, 1, block_size, K, D].
     """
+    assert kv.shape[1] == (1 if v is None else 2), kv.shape
     block_size = kv.shape[2]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     kv[blocks, 0, offsets] = k.to(kv.dtype)
-    kv[blocks, 1, offsets] = v.to(kv.dtype)
+    if v is not None:
+        kv[blocks, 1, offsets] = v.to(kv.dtype)
 
 
 def paged_attention(
@@ -89,23 +91,49 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    values_in_keys: int | None = None,
 ) -> Tensor:
     """Causal attention of each row's last `count` tokens over its whole context.
 
     q: [T, H, D], rows one after the other; kv: [num_blocks, 2, block_size, K, D], already written;
-    block_tables: [R, max_blocks]; seq_lens: context with this step's tokens; `window`: tokens that
-    a query sees, itself included. Softmax in float32. Returns [T, H, D] in q's dtype.
+    block_tables: [R, max_blocks]; seq_lens: context with this step's tokens. Softmax in float32.
+    Returns [T, H, D] in q's dtype.
+
+        score(p, key) = cap(q · k · scale) - slope · (p - key)      softmax over keys ≤ p
+
+    window          tokens that a query sees, itself included
+    chunk           the query at p sees keys from p - p % chunk on
+    softcap         cap(s) = softcap · tanh(s / softcap) (Gemma 2, 2024)
+    slopes          [H], ALiBi (Press et al. 2022)
+    sinks           [H], one more score of each head that takes part in the softmax and has no value
+    values_in_keys  a token's value is the first so many numbers, V, of its key; kv is
+                    [num_blocks, 1, block_size, K, D], the result [T, H, V]
     """
     outputs = []
     for row, (length, queries) in enumerate(zip(seq_lens, q.split(counts), strict=True)):
         blocks = block_tables[row, : -(-length // kv.shape[2])].long()
-        k, v = (kv[blocks, part].flatten(0, 1)[:length].float() for part in (0, 1))
+        parts = [kv[blocks, part].flatten(0, 1)[:length].float() for part in range(kv.shape[1])]
+        k, v = (parts[0], parts[0][..., :values_in_keys]) if values_in_keys else parts
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        position = torch.arange(length - len(queries), length, device=q.device)
-        distance = position[:, None] - torch.arange(length, device=q.device)
+        position = torch.arange(length - len(queries), length, device=q.device)[:, None]
+        distance = position - torch.arange(length, device=q.device)
         hidden = (distance < 0) | (distance >= (window or length))
+        hidden |= distance > position % (chunk or length)
         scores = torch.einsum("qhd,khd->hqk", queries.float(), k) * scale
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        if slopes is not None:
+            scores -= slopes.float()[:, None, None] * distance
+        scores.masked_fill_(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat(
+                (scores, sinks.float()[:, None, None].expand(-1, len(queries), 1)), -1
+            )
+        weights = scores.softmax(-1)[..., :length]
         outputs.append(torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype))
     return torch.cat(outputs)

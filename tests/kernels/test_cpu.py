@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,61 +117,207 @@ def test_rotary(kernels: cpu.Kernels, heads: int, size: int, rotated: int) -> No
 class Cache:
     """A cache of NaN with shuffled blocks, another layer between, and rows written into it."""
 
-    def __init__(self, kernels: cpu.Kernels, block_size: int, kv_heads: int, size: int):
-        self.kernels, self.block_size, self.heads, self.size = kernels, block_size, kv_heads, size
+    def __init__(
+        self, kernels: cpu.Kernels, block_size: int, kv_heads: int, size: int, parts: int = 2
+    ):
+        self.kernels, self.block_size, self.parts = kernels, block_size, parts
+        self.heads, self.size = kv_heads, size
 
     def rows(self, lens: list[int]) -> None:
         width = -(-max(lens) // self.block_size)
         blocks = torch.randperm(len(lens) * width + 3)
         self.tables = blocks[: len(lens) * width].view(len(lens), width)
-        shape = (len(blocks), 2, 2, self.block_size, self.heads, self.size)
-        self.kv = torch.full(shape, torch.nan)[:, 1]
+        shape = (len(blocks), 2, self.parts, self.block_size, self.heads, self.size)
+        cache = torch.full(shape, torch.nan)
+        self.kv = cache[:, 1]
         wanted = self.kv.clone()
         for table, length in zip(self.tables, lens, strict=True):
             position = torch.arange(length)
             slots = table[position // self.block_size] * self.block_size
             slots += position % self.block_size
             k, v = torch.randn(2, length, self.heads + 1, self.size)[:, :, 1:]
-            self.kernels.kv_write(self.kv, slots, k, v)
-            reference.kv_write(wanted, slots, k, v)
+            values = v if self.parts == 2 else None
+            self.kernels.kv_write(self.kv, slots, k, values)
+            reference.kv_write(wanted, slots, k, values)
         assert torch.equal(self.kv.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        assert cache[:, 0].isnan().all()
 
     def paged(self, lens: list[int], counts: list[int]) -> cpu.PagedRows:
         starts = torch.tensor([0, *counts]).cumsum(0)
         return cpu.PagedRows(self.tables, torch.tensor(lens), starts)
 
-
-@pytest.mark.parametrize("block_size", [1, 5, 16])
-@pytest.mark.parametrize("window", [None, 1, 9, 40])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "size"),
-    [(8, 2, 32), (4, 4, 16), (7, 1, 24), (6, 2, 64), (6, 2, 80), (3, 3, 1), (2, 1, 128)],
-)
-def test_attention(
-    kernels: cpu.Kernels, heads: int, kv_heads: int, size: int, window: int | None, block_size: int
-) -> None:
-    cache = Cache(kernels, block_size, kv_heads, size)
-    for counts in ([1], [1] * 9, [1, 1, 40, 3], [70]):
-        past = torch.randint(0, 90, (len(counts),)).tolist()
-        lens = [a + b for a, b in zip(past, counts, strict=True)]
-        cache.rows(lens)
-        q = torch.randn(sum(counts), heads + kv_heads, size)[:, :heads]
-        got = kernels.paged_attention(
-            q, cache.kv, cache.paged(lens, counts), scale=0.3, window=window
-        )
+    def check(self, heads: int, lens: list[int], counts: list[int], **features: Any) -> None:
+        """Attention of fresh rows is what `reference` says."""
+        self.rows(lens)
+        q = torch.randn(sum(counts), heads + self.heads, self.size)[:, :heads]
+        rows = self.paged(lens, counts)
+        got = self.kernels.paged_attention(q, self.kv, rows, scale=0.3, **features)
         wanted = reference.paged_attention(
-            q, cache.kv, cache.tables, lens, counts, scale=0.3, window=window
+            q, self.kv, self.tables, lens, counts, scale=0.3, **features
         )
         assert_close(got, wanted)
 
 
-def test_attention_on_several_threads(kernels: cpu.Kernels, two_threads: None) -> None:
-    cache, counts, lens = Cache(kernels, 16, 2, 32), [1, 200, 300], [900, 200, 700]
-    cache.rows(lens)
-    q = torch.randn(sum(counts), 8, 32)
-    got = kernels.paged_attention(q, cache.kv, cache.paged(lens, counts), scale=1)
-    wanted = reference.paged_attention(q, cache.kv, cache.tables, lens, counts, scale=1)
-    assert_close(got, wanted)
+def features(heads: int, *names: str) -> dict[str, Any]:
+    """Of the parts of attention that change a score, the named ones."""
+    values = {
+        "window": 9,
+        "chunk": 7,
+        "softcap": 2.5,
+        "slopes": 2.0 ** -torch.arange(1, heads + 1),
+        "sinks": 3 * torch.randn(heads),
+    }
+    return {name: values[name] for name in names}
+
+
+STEPS = ([1], [1] * 9, [1, 1, 40, 3], [70])
+SHAPES = [  # query heads, key/value heads, numbers of a head
+    (8, 2, 32),
+    (4, 4, 16),
+    (7, 1, 24),
+    (6, 2, 64),
+    (6, 2, 80),
+    (3, 3, 1),
+    (2, 1, 128),
+    (13, 1, 72),
+]
+
+
+def grown(counts: list[int]) -> list[int]:
+    """Lengths of rows that compute so many tokens behind a context of any length."""
+    past = torch.randint(0, 90, (len(counts),)).tolist()
+    return [a + b for a, b in zip(past, counts, strict=True)]
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+@pytest.mark.parametrize("window", [None, 1, 9, 40])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), SHAPES)
+def test_attention(
+    kernels: cpu.Kernels, heads: int, kv_heads: int, size: int, window: int | None, block_size: int
+) -> None:
+    cache = Cache(kernels, block_size, kv_heads, size)
+    for counts in STEPS:
+        cache.check(heads, grown(counts), counts, window=window)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("chunk",),
+        ("softcap",),
+        ("slopes",),
+        ("sinks",),
+        ("window", "softcap"),
+        ("chunk", "sinks"),
+        ("window", "chunk", "softcap", "slopes", "sinks"),
+    ],
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), SHAPES)
+def test_attention_with_what_changes_scores(
+    kernels: cpu.Kernels, heads: int, kv_heads: int, size: int, names: tuple[str, ...]
+) -> None:
+    cache = Cache(kernels, 5, kv_heads, size)
+    for counts in STEPS:
+        cache.check(heads, grown(counts), counts, **features(heads, *names))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 16, 64, 1000])
+def test_a_chunk_of_any_length(kernels: cpu.Kernels, chunk: int) -> None:
+    cache = Cache(kernels, 16, 2, 32)
+    for counts in STEPS:
+        cache.check(4, grown(counts), counts, chunk=chunk)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+@pytest.mark.parametrize(
+    ("heads", "size", "value_size"),
+    [
+        (16, 576, 512),
+        (8, 40, 32),
+        (5, 40, 24),
+        (23, 72, 40),
+        (3, 12, 7),
+        (128, 36, 36),
+        (1, 64, 16),
+    ],
+)
+def test_values_in_keys_that_all_heads_share(
+    kernels: cpu.Kernels, heads: int, size: int, value_size: int, block_size: int
+) -> None:
+    cache = Cache(kernels, block_size, 1, size, parts=1)
+    for counts in STEPS:
+        cache.check(heads, grown(counts), counts, values_in_keys=value_size)
+    names = ("window", "softcap", "slopes", "sinks")
+    lens, counts = [300, 150], [1, 140]  # more than one stretch of values
+    cache.check(heads, lens, counts, values_in_keys=value_size)
+    cache.check(heads, lens, counts, values_in_keys=value_size, **features(heads, *names))
+
+
+def test_values_in_keys_of_several_groups(kernels: cpu.Kernels) -> None:
+    Cache(kernels, 16, 3, 40, parts=1).check(12, [260, 33], [1, 33], values_in_keys=32)
+
+
+def test_a_sink_above_all_scores_takes_nearly_all_weight(kernels: cpu.Kernels) -> None:
+    cache = Cache(kernels, 16, 2, 32)
+    for sink in (-1e4, -30.0, 30.0):
+        cache.check(4, [50], [20], sinks=torch.full((4,), sink))
+    q, rows = torch.randn(1, 4, 32), cache.paged([50], [1])
+    sinks = torch.full((4,), 1e4)
+    got = kernels.paged_attention(q, cache.kv, rows, scale=0.3, sinks=sinks)
+    assert got.abs().max() < 1e-30
+
+
+def test_scores_far_beyond_their_cap(kernels: cpu.Kernels) -> None:
+    cache = Cache(kernels, 16, 2, 32)
+    for softcap in (1e-3, 0.1, 50.0, 1e4):
+        cache.check(4, [50, 90], [1, 20], softcap=softcap)
+
+
+@pytest.mark.parametrize("names", [(), ("window", "softcap", "slopes", "sinks"), ("chunk",)])
+def test_attention_on_several_threads(
+    kernels: cpu.Kernels, two_threads: None, names: tuple[str, ...]
+) -> None:
+    Cache(kernels, 16, 2, 32).check(8, [900, 200, 700], [1, 200, 300], **features(8, *names))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 1, 320), (12, 4, 128), (11, 11, 80)])
+def test_heads_of_one_long_row_are_divided_among_threads(
+    kernels: cpu.Kernels, two_threads: None, heads: int, kv_heads: int, size: int, threads: int
+) -> None:
+    kernels.threads = threads
+    cache = Cache(kernels, 16, kv_heads, size)
+    cache.check(heads, [6000], [1], **features(heads, "slopes", "sinks"))
+    q, rows = torch.randn(1, heads, size), cache.paged([6000], [1])
+    several = kernels.paged_attention(q, cache.kv, rows, scale=0.3)
+    kernels.threads = 1
+    assert torch.equal(several, kernels.paged_attention(q, cache.kv, rows, scale=0.3))
+
+
+def test_attention_refuses_what_does_not_fit_the_cache(kernels: cpu.Kernels) -> None:
+    cache = Cache(kernels, 16, 2, 32)
+    cache.rows([9])
+    q, rows = torch.randn(1, 4, 32), cache.paged([9], [1])
+    wrong: list[dict[str, Any]] = [
+        {"values_in_keys": 16},
+        {"window": 0},
+        {"chunk": 0},
+        {"softcap": 0.0},
+        {"slopes": torch.randn(3)},
+        {"sinks": torch.randn(4).double()},
+        {"sinks": torch.randn(8)[::2]},
+    ]
+    for given in wrong:
+        with pytest.raises(AssertionError):
+            kernels.paged_attention(q, cache.kv, rows, scale=1, **given)
+    for kv in (cache.kv.double(), cache.kv.bfloat16(), cache.kv[:, :1]):
+        with pytest.raises(AssertionError):
+            kernels.paged_attention(q, kv, rows, scale=1)
+    k = torch.randn(1, 2, 32)
+    with pytest.raises(AssertionError):
+        kernels.kv_write(cache.kv, torch.tensor([3]), k, None)
+    with pytest.raises(AssertionError):
+        kernels.kv_write(cache.kv, torch.tensor([3]), k, k[..., :16])
 
 
 def test_wrong_inputs_are_refused_before_they_reach_a_pointer(kernels: cpu.Kernels) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +80,75 @@ def test_what_was_written_is_what_is_attended() -> None:
         scores = torch.stack([q[0, head] @ k[p, head // 2] for p in range(1, 6)]) * 0.4
         wanted = scores.softmax(0) @ v[1:, head // 2]
         torch.testing.assert_close(got[0, head], wanted)
+
+
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, position: int, *, scale: float, features: dict[str, Any]
+) -> list[list[float]]:
+    """One query's result, [heads, numbers of a value], from the formula and plain numbers.
+
+    q: [heads, D]; k, v: [context, kv_heads, D].
+    """
+    window, chunk = features.get("window"), features.get("chunk")
+    out = []
+    for head in range(len(q)):
+        shared = head * k.shape[1] // len(q)
+        weights = {}
+        for key in range(position + 1):
+            if window and key <= position - window or chunk and key // chunk != position // chunk:
+                continue
+            score = float(q[head].double() @ k[key, shared].double()) * scale
+            if cap := features.get("softcap"):
+                score = cap * math.tanh(score / cap)
+            if "slopes" in features:
+                score -= float(features["slopes"][head]) * (position - key)
+            weights[key] = math.exp(score)
+        total = sum(weights.values())
+        if "sinks" in features:
+            total += math.exp(float(features["sinks"][head]))
+        numbers = range(v.shape[2])
+        out.append(
+            [
+                sum(w * float(v[key, shared, j]) for key, w in weights.items()) / total
+                for j in numbers
+            ]
+        )
+    return out
+
+
+ALL: dict[str, Any] = {
+    "window": 6,
+    "chunk": 5,
+    "softcap": 1.5,
+    "slopes": torch.tensor([0.5, 0.25, 0.1, 1.0]),
+    "sinks": torch.tensor([-1.0, 0.0, 1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("names", [(), *((name,) for name in ALL), tuple(ALL)])
+@pytest.mark.parametrize(("kv_heads", "values_in_keys"), [(4, None), (2, None), (1, None), (1, 3)])
+def test_attention_is_its_formula(
+    kv_heads: int, values_in_keys: int | None, names: tuple[str, ...]
+) -> None:
+    """Two rows, one of one token, in blocks out of order; what was not written is NaN."""
+    features = {name: ALL[name] for name in names}
+    lens, counts, size = [9, 13], [1, 4], 8
+    kv = torch.full((10, 1 if values_in_keys else 2, 3, kv_heads, size), math.nan)
+    tables = torch.randperm(10).view(2, 5)
+    q = torch.randn(5, 4, size)
+    wanted, token = [], 0
+    for table, length, count in zip(tables, lens, counts, strict=True):
+        k, v = torch.randn(2, length, kv_heads, size)
+        place = torch.arange(length)
+        slots = table[place // 3] * 3 + place % 3
+        ops.kv_write(kv, slots, k, None if values_in_keys else v)
+        if values_in_keys:
+            v = k[..., :values_in_keys]
+        for i in range(count):
+            position = length - count + i
+            wanted.append(attended(q[token], k, v, position, scale=0.4, features=features))
+            token += 1
+    got = ops.paged_attention(
+        q, kv, tables, lens, counts, scale=0.4, values_in_keys=values_in_keys, **features
+    )
+    torch.testing.assert_close(got, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
