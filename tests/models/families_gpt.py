@@ -41,6 +41,7 @@ CASES_GPT: dict[str, Case] = {
             },
         },
     ),
+    "gpt_neox_japanese": Case("gpt_neox_japanese"),
     "falcon 7b": Case("falcon", {}),
     "falcon 40b": Case("falcon", GROUPED),
     "falcon 11b": Case("falcon", {**GROUPED, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 100}),
