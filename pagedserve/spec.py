@@ -257,6 +257,8 @@ class DecoderSpec:
     names            role → checkpoint name without ".weight"; "layer" is the prefix of layer i with
                      `{i}` in it. A norm whose role is absent is not computed. "ROLE.bias": the
                      whole name of a bias that is not called as its weight is
+    renames          (regular expression, replacement), applied to the checkpoint's names: `names`,
+                     `prefix` and `ignored` are of what comes out
     prefix           beginning of the names that a checkpoint saved without its head leaves out
     biases           roles that have a bias in this family; any other role may have one
     ignored          regular expressions of tensors that may be there and are not used
@@ -276,6 +278,7 @@ class DecoderSpec:
     norm: Norm
     names: Tensors
     stretched_positions: int | None = None
+    renames: tuple[tuple[str, str], ...] = ()
     prefix: str = ""
     biases: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()

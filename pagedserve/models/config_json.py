@@ -25,9 +25,14 @@ def read(directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[st
 
     Raises StartupError where there is none that can be served.
     """
+    return complete(plain(directory, overrides))
+
+
+def plain(directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The same as it stands in the file, without what `complete` makes of it."""
     config = merged(read_json(directory / "config.json"), overrides or {})
     check_quantisation(config, directory)
-    return complete(config)
+    return config
 
 
 def check_quantisation(config: Mapping[str, Any], directory: Path) -> None:
@@ -44,9 +49,16 @@ def check_quantisation(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
-    """With what the file leaves out, and its rotary embedding in the one form."""
+    """With what the file leaves out, and its rotary embedding in the one form.
+
+    Models of more than text have a config within the config; its end tokens are the whole's.
+    """
     config = with_defaults(config)
     config["rope_parameters"] = rope_parameters(config)
+    if isinstance(config.get("text_config"), dict):
+        text = config["text_config"] = complete(config["text_config"])
+        if config.get("eos_token_id") is None and "eos_token_id" in text:
+            config["eos_token_id"] = text["eos_token_id"]
     return config
 
 

@@ -94,7 +94,7 @@ class Checkpoint:
     def __init__(self, directory: Path, spec: DecoderSpec, on_progress: Callable[[str], None]):
         self.directory = directory
         self.on_progress = on_progress
-        found = stored_tensors(directory)
+        found = renamed(stored_tensors(directory), spec, directory)
         self.tensors = {n: found[name] for n, name in full_names(found, spec.prefix).items()}
         ignored = {n for n in self.tensors if any(re.search(p, n) for p in spec.ignored)}
         tell_ignored(directory, sorted(ignored))
@@ -219,6 +219,19 @@ class Checkpoint:
         if tenths > self.tenths:
             self.tenths = tenths
             self.on_progress(f"loading weights: {10 * tenths} %")
+
+
+def renamed(found: dict[str, Stored], spec: DecoderSpec, directory: Path) -> dict[str, Stored]:
+    """By the names that `DecoderSpec.renames` makes. Raises StartupError where two become one."""
+    result: dict[str, Stored] = {}
+    for name, stored in found.items():
+        new = name
+        for pattern, replacement in spec.renames:
+            new = re.sub(pattern, replacement, new)
+        if new in result:
+            raise StartupError(f"{directory} holds {new} twice, once as {name}")
+        result[new] = stored
+    return result
 
 
 def tell_ignored(directory: Path, names: list[str]) -> None:
