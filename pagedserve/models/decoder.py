@@ -22,7 +22,7 @@ from pagedserve.attention.batch import Batch
 from pagedserve.layers.embedding import Embedding
 from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
-from pagedserve.layers.norm import Normalize
+from pagedserve.layers.norm import Normalize, normed
 from pagedserve.layers.rotary import Rotary, query_scale
 from pagedserve.spec import DecoderSpec, QueryScale
 
@@ -30,8 +30,10 @@ from pagedserve.spec import DecoderSpec, QueryScale
 class Part(Protocol):
     """Attention or feed-forward of any kind."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None, forward: Forward) -> Tensor:
-        """x, residual: [T, C] → residual + what it makes of x; that alone where there is none."""
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, forward: Forward, norm: Normalize | None = None
+    ) -> Tensor:
+        """x, residual: [T, C] → residual + what it makes of norm(x); that alone without one."""
         ...
 
 
@@ -62,8 +64,8 @@ class Block:
             x = self.add(self.attention, x, x, self.post_attn, forward)
             x = normed(self.pre_ffn, x)
             return self.add(self.ffn, x, x, self.post_ffn, forward)
-        x = self.add(self.attention, normed(self.pre_attn, x), x, self.post_attn, forward)
-        return self.add(self.ffn, normed(self.pre_ffn, x), x, self.post_ffn, forward)
+        x = self.add(self.attention, x, x, self.post_attn, forward, self.pre_attn)
+        return self.add(self.ffn, x, x, self.post_ffn, forward, self.pre_ffn)
 
     def in_parallel(self, x: Tensor, forward: Forward) -> Tensor:
         """Both parts read the same residual."""
@@ -73,18 +75,20 @@ class Block:
         return self.add(self.ffn, own, x, self.post_ffn, forward)
 
     def add(
-        self, part: Part | None, h: Tensor, x: Tensor, norm: Normalize | None, forward: Forward
+        self,
+        part: Part | None,
+        h: Tensor,
+        x: Tensor,
+        post: Normalize | None,
+        forward: Forward,
+        pre: Normalize | None = None,
     ) -> Tensor:
-        """x + scale · norm(part(h)); in one go where there is neither."""
+        """x + scale · post(part(pre(h))); in one go where there is neither scale nor post."""
         if part is None:
             return x
-        if norm is None and self.residual_scale == 1.0:
-            return part(h, x, forward)
-        return x + normed(norm, part(h, None, forward)) * self.residual_scale
-
-
-def normed(norm: Normalize | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+        if post is None and self.residual_scale == 1.0:
+            return part(h, x, forward, pre)
+        return x + normed(post, part(h, None, forward, pre)) * self.residual_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,7 @@ class Decoder:
             x = self.embedding(batch.input_ids, batch.positions)
             angles = [rotary.angles(batch.positions, x.dtype) for rotary in self.rotaries]
             scales = [query_scale(each, batch.positions, x.dtype) for each in self.query_scales]
-            forward = Forward(kv_layers, backend, plan, angles, scales)
+            forward = Forward(kv_layers, backend, plan, angles, scales, batch.slot_mapping)
             x = self.through(x, forward)
             return normed(self.final_norm, x)
 
