@@ -25,6 +25,7 @@ class CpuAttention:
     """Rows of one token and of several alike."""
 
     name = "cpu"
+    needs_lens = True
     takes_written = False
 
     def __init__(self, device: Device):

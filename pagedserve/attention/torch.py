@@ -36,6 +36,7 @@ class TorchAttention:
     """See the module. Its scratch for gathered keys and values serves all layers."""
 
     name = "torch"
+    needs_lens = True
     takes_written = False
 
     def __init__(self, device: Device):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pagedserve.attention.base import AttentionBackend, Plan
 from pagedserve.attention.batch import Batch
+from pagedserve.kernels.experts import LoopedExperts
 from pagedserve.layers.embedding import Embedding
 from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
@@ -104,10 +105,12 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden: [n, C] → [n, vocab] float32."""
+        """hidden: [n, C] → [n, vocab], float32 where something is done to the logits."""
         if self.narrow is not None:
             hidden = self.narrow(hidden)
-        logits = self.linear(hidden).float()
+        logits = self.linear(hidden)
+        if self.scale != 1.0 or self.softcap is not None:
+            logits = logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -161,10 +164,19 @@ class Decoder:
             x = block(x, forward)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [n, C], rows of what `forward` returned → [n, vocab] float32."""
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """The same as `logits`, in the model's own dtype where nothing is done to them."""
         with torch.inference_mode():
             return self.head(hidden)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `forward` only enqueues: no shape or choice depends on numbers on the device."""
+        return not any(isinstance(each, LoopedExperts) for each in parts(self.blocks))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [n, C], rows of what `forward` returned → [n, vocab] float32."""
+        return self.head_logits(hidden).float()
 
     def weight_bytes(self) -> int:
         """Bytes of all weights in the forms they are held in; a tied head shares what it can."""
@@ -174,13 +186,19 @@ class Decoder:
 
 def tensors(held: Any) -> Iterator[Tensor]:
     """Every tensor in a tree of dataclasses and tuples; matrices know their own."""
-    if isinstance(held, Tensor):
-        yield held
-    elif hasattr(held, "tensors"):
-        yield from held.tensors()
-    elif isinstance(held, tuple):
+    for part in parts(held):
+        if isinstance(part, Tensor):
+            yield part
+        elif hasattr(part, "tensors"):
+            yield from part.tensors()
+
+
+def parts(held: Any) -> Iterator[Any]:
+    """Everything in a tree of dataclasses and tuples, down to tensors and matrices."""
+    yield held
+    if isinstance(held, tuple):
         for part in held:
-            yield from tensors(part)
-    elif dataclasses.is_dataclass(held):
+            yield from parts(part)
+    elif dataclasses.is_dataclass(held) and not hasattr(held, "tensors"):
         for each in dataclasses.fields(held):
-            yield from tensors(getattr(held, each.name))
+            yield from parts(getattr(held, each.name))
