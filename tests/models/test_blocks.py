@@ -60,8 +60,8 @@ def test_a_layer_mixes_in_what_an_earlier_one_got_before_anything_was_mixed_in(
     got_by: list[Tensor] = []
     for i, each in enumerate(blocks):
         got_by.append(x)
-        if skips[i] is not None:
-            layer, part = skips[i]
+        if (mixed := skips[i]) is not None:
+            layer, part = mixed
             x = got_by[layer] * part + x * (1 - part)
         x = each(x, None)  # type: ignore[arg-type]
     torch.testing.assert_close(decoder.through(start, None), x)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def test_keys_and_values_in_pairs_are_found(interleaved: bool) -> None:
     assert [stored_as(attn, role) for role in "qkv"] == ["q", "kv", "kv"]
     order = [0, 2, 1, 3] if interleaved else [0, 1, 2, 3]
     stored = torch.arange(2 * kv_heads * dim)
-    pairs = stored.unflatten(0, (kv_heads, 2, dim))
+    pairs = stored.view(kv_heads, 2, dim)
     rows = {role: attention_rows(attn, role) for role in "qkv"}
     assert all(found is not None for found in rows.values())
     assert torch.equal(stored[rows["k"]], pairs[:, 0][:, order].flatten())

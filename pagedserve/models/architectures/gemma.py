@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pagedserve.errors import StartupError
 from pagedserve.models.architectures.llama import (
     HEAD_NORMS,
     NAMES,
@@ -11,61 +12,70 @@ from pagedserve.models.architectures.llama import (
     decoder,
     kinds,
     mlp,
-    rope,
+    rope_by_kind,
+    windows,
 )
 from pagedserve.models.architectures.registry import Config, arch
-from pagedserve.spec import DecoderSpec, Layer, Norm
+from pagedserve.spec import DecoderSpec, Layer, Norm, Tensors
 
 FOUR_NORMS = {
     "post_attn": "post_attention_layernorm",
     "pre_ffn": "pre_feedforward_layernorm",
     "post_ffn": "post_feedforward_layernorm",
 }
+VAULT_NORMS = {"pre_ffn": "pre_feedforward_layernorm"}
 
 
 @arch("GemmaForCausalLM")
 def gemma(c: Config) -> DecoderSpec:
-    return gemma_decoder(c, names=NAMES)
+    return gemma_decoder(c, names=NAMES, full_every=1)
 
 
 @arch("Gemma2ForCausalLM")
 def gemma2(c: Config) -> DecoderSpec:
-    return gemma_decoder(c, names={**NAMES, **FOUR_NORMS})
+    return gemma_decoder(c, names={**NAMES, **FOUR_NORMS}, full_every=2)
+
+
+@arch("VaultGemmaForCausalLM")
+def vault_gemma(c: Config) -> DecoderSpec:
+    return gemma_decoder(c, names={**NAMES, **VAULT_NORMS}, full_every=2)
 
 
 @arch("Gemma3ForCausalLM")
 def gemma3(c: Config) -> DecoderSpec:
     norm = Norm(eps=c["rms_norm_eps"], offset=1.0)
-    return gemma_decoder(c, names={**NAMES, **FOUR_NORMS, **HEAD_NORMS}, qk_norm=norm)
+    every = c.get("sliding_window_pattern") or 6
+    names = {**NAMES, **FOUR_NORMS, **HEAD_NORMS}
+    return gemma_decoder(c, names=names, full_every=every, qk_norm=norm)
 
 
-def gemma_decoder(c: Config, *, names: dict[str, str], qk_norm: Norm | None = None) -> DecoderSpec:
-    """All three."""
-    norm, act = Norm(eps=c["rms_norm_eps"], offset=1.0), c.get("hidden_activation")
-    # Gemma 3 turns its windows by an angle of their own; older files call it a base frequency.
-    local_theta = c.get("rope_local_base_freq") or (10000.0 if qk_norm else None)
+def gemma_decoder(
+    c: Config, *, names: Tensors, full_every: int, qk_norm: Norm | None = None
+) -> DecoderSpec:
+    """All of them. `full_every`: see `kinds`."""
+    if c.get("use_bidirectional_attention"):
+        raise StartupError("config.json: use_bidirectional_attention is not supported")
+    name = c.get("hidden_activation") or c.get("hidden_act")
+    if name in (None, "gelu"):  # so the first files call it
+        name = "gelu_pytorch_tanh"
+    # Gemma 3 turns its windows by an angle of their own.
+    local_theta = (c.get("rope_local_base_freq") or 10000.0) if qk_norm else None
 
     def layer(i: int) -> Layer:
-        local = kinds(c)[i] == "sliding_attention"
-        turned = rope(c, kinds(c)[i])
-        if local and local_theta and "rope_type" in c["rope_parameters"]:
-            turned = rope(c, theta=local_theta, scaling={})
-        return Layer(
-            attn(
-                c,
-                window=c["sliding_window"] if local else None,
-                rope=turned,
-                scale=(c.get("query_pre_attn_scalar") or c["head_dim"]) ** -0.5,
-                softcap=c.get("attn_logit_softcapping"),
-                qk_norm=qk_norm,
-            ),
-            mlp(c, act=activation(act or "gelu_pytorch_tanh")),
+        attention = attn(
+            c,
+            window=windows(c, full_every)[i],
+            rope=rope_by_kind(c, kinds(c, full_every)[i], local_theta=local_theta),
+            scale=(c.get("query_pre_attn_scalar") or c["head_dim"]) ** -0.5,
+            softcap=c.get("attn_logit_softcapping"),
+            qk_norm=qk_norm,
         )
+        return Layer(attention, mlp(c, act=activation(name)))
 
     return decoder(
         c,
         layer=layer,
-        norm=norm,
+        norm=Norm(eps=c["rms_norm_eps"], offset=1.0),
         names=names,
         biases=biases(c),
         embed_scale=c["hidden_size"] ** 0.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pagedserve.errors import StartupError
@@ -26,6 +27,8 @@ NAMES = {
 }
 HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 QKV, OUT, MLP = frozenset({"q", "k", "v"}), frozenset({"out"}), frozenset({"gate", "up", "down"})
+NORMS = frozenset({"pre_attn", "pre_ffn", "final_norm"})
+KINDS = ("full_attention", "sliding_attention")
 
 ACTS: dict[str, Act] = {
     "silu": "silu",
@@ -51,19 +54,20 @@ def decoder(
 ) -> DecoderSpec:
     """Llama with what differs: `layer(i)` for its layers, `changes` for the spec's other fields."""
     build = layer or (lambda i: Layer(attn(c), mlp(c)))
-    positions: int = c["max_position_embeddings"]
+    positions: int = changes.get("max_positions") or c["max_position_embeddings"]
     fields: dict[str, Any] = {
         "hidden_size": c["hidden_size"],
         "vocab_size": c["vocab_size"],
         "max_positions": positions,
         "stretched_positions": stretched(c, positions),
-        "layers": tuple(build(i) for i in range(c["num_hidden_layers"])),
         "norm": rms(c),
         "names": NAMES,
         "prefix": "model.",
         "ignored": (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",),
         "tied_head": c.get("tie_word_embeddings", False),
     }
+    if "layers" not in changes:
+        fields["layers"] = tuple(build(i) for i in range(c["num_hidden_layers"]))
     return DecoderSpec(**{**fields, **changes})
 
 
@@ -87,11 +91,18 @@ def head_dim(c: Config) -> int:
     return size
 
 
-def rope(c: Config, kind: str | None = None, *, dim: int | None = None, **changes: Any) -> Rope:
+def rope(
+    c: Config,
+    kind: str | None = None,
+    *,
+    dim: int | None = None,
+    partial: float = 1.0,
+    **changes: Any,
+) -> Rope:
     """From `rope_parameters`, which `config_json.read` has filled in whatever the file's age.
 
     `kind`: of layer, where each has its own. `dim`: numbers that the rotated share is of, if not
-    the head's.
+    the head's. `partial`: that share, where the file does not say.
     """
     parameters = c["rope_parameters"]
     if kind is not None and kind in parameters:
@@ -100,10 +111,21 @@ def rope(c: Config, kind: str | None = None, *, dim: int | None = None, **change
         raise StartupError("config.json: rope_parameters must be one flat object, for all layers")
     fields: dict[str, Any] = {
         "theta": parameters["rope_theta"],
-        "dim": int((dim or head_dim(c)) * parameters.get("partial_rotary_factor", 1.0)),
+        "dim": int((dim or head_dim(c)) * parameters.get("partial_rotary_factor", partial)),
         "scaling": parameters if parameters["rope_type"] != "default" else {},
     }
     return Rope(**{**fields, **changes})
+
+
+def rope_by_kind(c: Config, kind: str, *, local_theta: float | None = None) -> Rope:
+    """Layers of both kinds. Older files have one object, whose scaling is of full layers only.
+
+    `local_theta`: of those that slide there, if it differs.
+    """
+    if kind == KINDS[0] or kind in c["rope_parameters"]:
+        return rope(c, kind)
+    plain = rope(c, scaling={})
+    return plain if local_theta is None else replace(plain, theta=local_theta)
 
 
 def stretched(c: Config, positions: int) -> int | None:
@@ -114,13 +136,29 @@ def stretched(c: Config, positions: int) -> int | None:
     return int(positions * parameters["factor"])
 
 
-def kinds(c: Config) -> list[str]:
-    """Every layer's kind, "full_attention" or "sliding_attention"."""
-    given = c.get("layer_types")
-    if given:
-        return list(given)
-    kind = "sliding_attention" if c.get("sliding_window") else "full_attention"
-    return [kind] * c["num_hidden_layers"]
+def kinds(c: Config, full_every: int | None = None) -> list[str]:
+    """Every layer's kind, one of `KINDS`.
+
+    Where the file does not say: every `full_every`th is full, the last of so many; without it all
+    slide if there is a window. Raises StartupError for a kind that is not known.
+    """
+    given, count = c.get("layer_types"), c["num_hidden_layers"]
+    if given is None:
+        if full_every is None:
+            given = [KINDS[1] if c.get("sliding_window") else KINDS[0]] * count
+        else:
+            given = [KINDS[(i + 1) % full_every != 0] for i in range(count)]
+    for kind in given:
+        if kind not in KINDS:
+            raise StartupError(
+                f"config.json: layer_types has {kind!r}; supported: {', '.join(KINDS)}"
+            )
+    return list(given)
+
+
+def windows(c: Config, full_every: int | None = None) -> list[int | None]:
+    """Every layer's window, by its kind; None for one that sees everything."""
+    return [c["sliding_window"] if k == KINDS[1] else None for k in kinds(c, full_every)]
 
 
 def mlp(c: Config, **changes: Any) -> Mlp:
@@ -141,6 +179,11 @@ def activation(name: str) -> Act:
 def rms(c: Config) -> Norm:
     """Llama's norm."""
     return Norm(eps=c.get("rms_norm_eps", 1e-6))
+
+
+def layer_norm(c: Config, eps: str = "layer_norm_eps") -> Norm:
+    """LayerNorm; `eps`: the key."""
+    return Norm("layer", c[eps])
 
 
 def biases(c: Config) -> frozenset[str]:
