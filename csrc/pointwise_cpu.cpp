@@ -22,19 +22,50 @@ extern "C" void rms_norm(const float *x, const float *weight, float eps, float *
     }
 }
 
-static INLINE Vec silu(Vec x) { return x / (exp(-x) + 1.0f); }
+struct Silu {
+    INLINE Vec operator()(Vec x) const { return x / (exp(-x) + 1.0f); }
+};
 
-// y = silu(gate) * up. x: [count, 2 * size], gate then up; y: [count, size]; both contiguous.
-extern "C" void silu_and_mul(const float *x, float *y, int64_t count, int64_t size) {
+// By its tanh approximation: 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.0447 x³)
+struct GeluTanh {
+    INLINE Vec operator()(Vec x) const {
+        return x / (exp(x * (x * x * -0.0713548162726f - 1.59576912161f)) + 1.0f);
+    }
+};
+
+template <class Act>
+static INLINE void gated(Act act, const float *x, float *y, int64_t count, int64_t size) {
     for (int64_t r = 0; r < count; r++, x += 2 * size, y += size) {
         int64_t i = 0;
-        for (; i + LANES <= size; i += LANES) store(y + i, silu(load(x + i)) * load(x + size + i));
+        for (; i + LANES <= size; i += LANES) store(y + i, act(load(x + i)) * load(x + size + i));
         if (i < size) {
             Vec gate = {};
             memcpy(&gate, x + i, (size - i) * 4);
-            gate = silu(gate);
+            gate = act(gate);
             for (int lane = 0; i < size; lane++, i++) y[i] = gate[lane] * x[size + i];
         }
+    }
+}
+
+// y = silu(gate) * up. x: [count, 2 * size], gate then up; y: [count, size]; both contiguous.
+extern "C" void silu_and_mul(const float *x, float *y, int64_t count, int64_t size) {
+    gated(Silu(), x, y, count, size);
+}
+
+// The same with gelu_tanh.
+extern "C" void gelu_tanh_and_mul(const float *x, float *y, int64_t count, int64_t size) {
+    gated(GeluTanh(), x, y, count, size);
+}
+
+// x, y: [count].
+extern "C" void gelu_tanh(const float *x, float *y, int64_t count) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(y + i, GeluTanh()(load(x + i)));
+    if (i < count) {
+        Vec rest = {};
+        memcpy(&rest, x + i, (count - i) * 4);
+        rest = GeluTanh()(rest);
+        memcpy(y + i, &rest, (count - i) * 4);
     }
 }
 

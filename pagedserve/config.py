@@ -63,6 +63,15 @@ class ModelConfig:
     override_generation_config: dict[str, Any] | None = option(
         None, "JSON object merged over generation_config.json"
     )
+    model_impl: str = option(
+        "auto",
+        "native: our own decoder; transformers: the modeling of transformers with our attention; "
+        "auto: native for every architecture that we have",
+        choices=("auto", "native", "transformers"),
+    )
+    architecture_file: str | None = option(
+        None, "Python file of yours that is run at the start and adds architectures with @arch"
+    )
     dtype: str = option("auto", "auto: the checkpoint's on a GPU, float32 on a CPU", choices=DTYPES)
     device: str = option(
         "auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda")

@@ -11,7 +11,7 @@ bias that the family does not demand) is read from the tensors' names when they 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Act = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "xielu", "clamped_silu"]
 Tensors = dict[str, str]  # role → checkpoint name
@@ -225,6 +225,29 @@ class Positions:
     offset: int = 0
 
 
+class ModelShape(Protocol):
+    """What memory, cache and attention need to know of a model, whether it has a spec or not."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def stretched_positions(self) -> int | None: ...
+
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...
+
+    def cached(self) -> list[Attn]:
+        """What each layer that has a part of the cache computes over it, in their order."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """A whole model.
@@ -232,7 +255,8 @@ class DecoderSpec:
     max_positions    the longest context it was made for
     stretched_positions   a longer one that it can be asked to serve, less well (None: no longer)
     names            role → checkpoint name without ".weight"; "layer" is the prefix of layer i with
-                     `{i}` in it. A norm whose role is absent is not computed
+                     `{i}` in it. A norm whose role is absent is not computed. "ROLE.bias": the
+                     whole name of a bias that is not called as its weight is
     prefix           beginning of the names that a checkpoint saved without its head leaves out
     biases           roles that have a bias in this family; any other role may have one
     ignored          regular expressions of tensors that may be there and are not used

@@ -39,6 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": COMMON,
     "qwen3": {**COMMON, "head_dim": 24},
     "gpt2": GPT2,
+    "gpt_neo": {**COMMON, "num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]]},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -11,13 +12,15 @@ import time
 from pagedserve.errors import PagedServeError
 
 PLAIN_SECONDS = 5.0  # between lines of progress where none can be rewritten
+PERCENT = re.compile(r"(\d+) %")
+LEAST_BAR_CHARS, MOST_BAR_CHARS = 6, 24
 
 
 class Console:
     """Says lines. One that begins with a carriage return is progress: it replaces the last such.
 
-    On a terminal that happens in place. Anywhere else a line of progress is an ordinary one, and
-    not more than one in five seconds is said.
+    On a terminal that happens in place, with a bar where the line has a percentage. Anywhere else a
+    line of progress is an ordinary one, and not more than one in five seconds is said.
     """
 
     def __init__(self) -> None:
@@ -28,9 +31,9 @@ class Console:
         if not line.startswith("\r"):
             self.end()
             write(f"{line}\n")
-        elif sys.stdout.isatty():
+        elif on_terminal():
             width = shutil.get_terminal_size().columns - 1
-            write(f"\r\x1b[K{line[1:][:width]}")
+            write(f"\r\x1b[K{with_bar(line[1:], width)}")
             self._progress = True
         elif (now := time.monotonic()) >= self._said + PLAIN_SECONDS:
             self._said = now
@@ -41,6 +44,20 @@ class Console:
         if self._progress:
             write("\n")
         self._progress = False
+
+
+def with_bar(line: str, width: int) -> str:
+    """A line of progress in at most `width` columns, with a bar where it has a place."""
+    found, room = PERCENT.search(line), min(width - len(line) - len(" []"), MOST_BAR_CHARS)
+    if found is None or room < LEAST_BAR_CHARS:
+        return line[:width]
+    done = room * min(int(found[1]), 100) // 100
+    return f"{line} [{'#' * done}{'.' * (room - done)}]"
+
+
+def on_terminal() -> bool:
+    """Whether a line can be rewritten."""
+    return sys.stdout.isatty()
 
 
 def say(line: str) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 from pagedserve.commands.console import Console
 
-BAR = 24  # characters
-
 
 def add_flags(command: argparse.ArgumentParser) -> None:
     """What the command takes."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,8 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "linear": (None, [P, L, P, N, P, P, L, P, L, L, L, N]),
     "rms_norm": (None, [P, P, F, P, L, L]),
     "silu_and_mul": (None, [P, P, L, L]),
+    "gelu_tanh_and_mul": (None, [P, P, L, L]),
+    "gelu_tanh": (None, [P, P, L]),
     "rotary": (None, [P, L, P, P, P, L, L, L, L]),
     "kv_write": (None, [P, L, P, L, P, L, L, P, L, L, L]),
     "paged_attention": (
@@ -89,11 +92,18 @@ class Kernels:
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """`reference.silu_and_mul`."""
+        return gated(self.native.silu_and_mul, x)
+
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+        """`reference.gelu_tanh_and_mul`."""
+        return gated(self.native.gelu_tanh_and_mul, x)
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """`reference.gelu_tanh`."""
         check(x)
-        count, size = x.shape[0], x.shape[1] // 2
-        assert x.is_contiguous() and x.shape[1] % 2 == 0
-        y = x.new_empty((count, size))
-        self.native.silu_and_mul(x.data_ptr(), y.data_ptr(), count, size)
+        assert x.is_contiguous()
+        y = torch.empty_like(x)
+        self.native.gelu_tanh(x.data_ptr(), y.data_ptr(), x.numel())
         return y
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -218,6 +228,16 @@ class PackedMatrix:
 
     def tensors(self) -> list[Tensor]:
         return [self.packed]
+
+
+def gated(native: Callable[[int, int, int, int], None], x: Tensor) -> Tensor:
+    """x: [T, 2 · size], gate then up → [T, size]."""
+    check(x)
+    count, size = x.shape[0], x.shape[1] // 2
+    assert x.is_contiguous() and x.shape[1] % 2 == 0
+    y = x.new_empty((count, size))
+    native(x.data_ptr(), y.data_ptr(), count, size)
+    return y
 
 
 def heads_follow(x: Tensor) -> bool:

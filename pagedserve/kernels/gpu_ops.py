@@ -13,6 +13,7 @@ from pagedserve.kernels.activation import (
 )
 from pagedserve.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from pagedserve.kernels.qk_rope_kv import qk_rope_kv
+from pagedserve.kernels.reference import gelu_tanh
 from pagedserve.kernels.rotary import rotary
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "gelu_and_mul",
+    "gelu_tanh",
     "gelu_tanh_and_mul",
     "layer_norm",
     "qk_rope_kv",

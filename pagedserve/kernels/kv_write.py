@@ -13,7 +13,7 @@ from torch import Tensor
 from pagedserve.kernels.aot import Variant
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
 def kv_write_kernel(
     k_ptr,
     v_ptr,
@@ -41,7 +41,10 @@ def kv_write_kernel(
     tl.store(kv_ptr + at + c, x.to(kv_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr"],
+)
 def clear_tails_kernel(
     kv_ptr,
     table_ptr,
@@ -153,6 +156,7 @@ def variants(dtype: str, width: int, page: int) -> list[Variant]:
             },
             constants=sizes,
             num_warps=warps(width),
+            unaligned=("slot_ptr",),
         ),
         Variant(
             label=f"clear_tails {dtype} {width}",
@@ -160,6 +164,7 @@ def variants(dtype: str, width: int, page: int) -> list[Variant]:
             types={**cache, **tables, "table_stride": "i32"},
             constants=sizes,
             num_warps=warps(width),
+            unaligned=(*tables, "table_stride"),
         ),
     ]
 

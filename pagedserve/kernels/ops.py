@@ -16,6 +16,10 @@ class Ops(Protocol):
 
     def silu_and_mul(self, x: Tensor) -> Tensor: ...
 
+    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor: ...
+
+    def gelu_tanh(self, x: Tensor) -> Tensor: ...
+
 
 class HeadOps(Protocol):
     """What is done to the heads of q, k and v in one kernel, see `qk_rope_kv`."""

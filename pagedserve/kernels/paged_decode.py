@@ -18,6 +18,9 @@ bin is finished there. Of any other, each program leaves a part (maximum, sum, w
 at most: its first row's and its last row's. The last program to arrive at a row merges the parts
 and puts the row's counter back to 0, so layers follow each other without a second launch.
 
+What changes from step to step (rows, strides of tables, alignment of a step's tensors) makes no
+variant of a kernel, which would be compiled in the middle of serving.
+
 Heads that share keys are one tile of queries, BLOCK_H at a time (16 at least, for tensor cores).
 Rows of one token come first in a batch; rows of several, and of none, have no tiles here: their
 attention is `paged_prefill`'s.
@@ -36,7 +39,10 @@ from pagedserve.kernels.aot import Variant
 from pagedserve.kernels.paged_scores import LOG2E, MASKED, first_seen, in_base_2, with_sink
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "num_counters"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "query_start_ptr"],
+)
 def plan_decode_kernel(
     seq_lens_ptr,
     query_start_ptr,
@@ -83,7 +89,10 @@ def plan_decode_kernel(
         tl.store(bins_ptr + b0 + b, row, mask=b0 + b < NUM_BINS)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr"],
+)
 def paged_decode_kernel(
     q_ptr,
     k_ptr,
@@ -541,7 +550,7 @@ def variants(
         "slopes_ptr": "*fp32" if slopes else None,
         "sinks_ptr": "*fp32" if sinks else None,
     }
-    plain = ("num_rows", "table_stride", "num_counters")
+    plain = (*lists, "num_rows", "num_counters", "table_stride")
 
     def variant(kernel, name: str, constants, **options) -> Variant:
         names = [n for n in kernel.arg_names if n in given]

@@ -37,7 +37,10 @@ FIELDS = tl.constexpr(8)  # numbers of a tile in the list, two of them spare
 MAX_SORTED = 1024  # tiles: each is compared with each; more are in any order, and level out
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "query_start_ptr"],
+)
 def plan_prefill_kernel(
     seq_lens_ptr,
     query_start_ptr,
@@ -130,7 +133,7 @@ def _locate(
     return row, begin + skipped, position, first, stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["table_ptr"])
 def paged_prefill_kernel(
     q_ptr,
     k_ptr,
@@ -485,7 +488,7 @@ def variants(
     slopes: bool = False,
     sinks: bool = False,
     capability: tuple[int, int] = (9, 0),
-    stack: int = 0,
+    stack: int = 32,
 ) -> Variant:
     """The kernel of one shape, as `tune` would have it on `capability`."""
     tuning = tune(shape, 132, capability)
@@ -502,7 +505,7 @@ def variants(
         constants=constants(shape, tuning) | {"CAP": cap},
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
-        unaligned=("table_stride",),
+        unaligned=("table_ptr", "table_stride"),
         capability=10 * major + minor,
         newest=10 * major + minor,
         stack=stack,
@@ -519,7 +522,7 @@ PLAN = Variant(
     },
     constants={"TOKENS": 32, "WINDOW": 0, "CHUNK": 0, "BLOCK": 128, "SORT": True},
     num_warps=8,
-    unaligned=("num_rows",),
+    unaligned=("seq_lens_ptr", "query_start_ptr", "num_rows"),
 )
 
 A100, AD102 = (8, 0), (8, 9)
@@ -532,7 +535,7 @@ AOT = [
     variants("8×8 heads of 64", Shape(8, 8, 64), capability=AD102),
     variants("2×4 heads of 32", Shape(2, 4, 32, itemsize=4), dtype="fp32", capability=A100),
     variants("8×4 heads of 128", Shape(8, 4, 128, itemsize=4), dtype="fp32", capability=A100),
-    variants("32×1 heads of 96", Shape(32, 1, 96), capability=A100, stack=16),
+    variants("32×1 heads of 96", Shape(32, 1, 96), capability=A100),
     variants("32×1 heads of 80, biases", Shape(32, 1, 80), dtype="fp16", slopes=True),
     variants("4×2 heads of 256, softcap", Shape(4, 2, 256, window=4096), cap=True),
     variants("4×2 heads of 256", Shape(4, 2, 256), capability=A100),

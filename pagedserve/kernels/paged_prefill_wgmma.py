@@ -253,7 +253,7 @@ def _consumer(
         token, tokens, position, first, head = token_2, tokens_2, position_2, first_2, head_2
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["table_ptr"])
 def paged_prefill_wgmma_kernel(
     q_desc,
     kv_desc,
@@ -467,7 +467,7 @@ def variants(label: str, shape: Shape, *, dtype: str = "bf16", sinks: bool = Fal
         types=types,
         constants=constants(shape) | {"num_warps": 4},
         num_warps=4,
-        unaligned=("table_stride",),
+        unaligned=("table_ptr", "table_stride"),
         sass=("HGMMA", "UTMALDG"),
         capability=90,
         gluon=True,

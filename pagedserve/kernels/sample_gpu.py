@@ -211,7 +211,8 @@ def draw_by_search(
         )
         each = tl.exp(unordered(bound.to(tl.int32)) - highest)
         some = mass_above + equals.to(tl.float32) * each
-        wanted = top_p * tl.where(from_bound > top_k, some, mass)
+        # More than nothing, or a key above all of them would do for a top_p of 0.
+        wanted = tl.maximum(top_p * tl.where(from_bound > top_k, some, mass), 1e-20)
         threshold = search(
             source, vocab, temperature, floor, highest, wanted, bound, top, True, SCAN
         )
@@ -616,7 +617,8 @@ def draw_filtered(
     maxima = tl.load(group_max + g, mask=g < groups, other=float("-inf"))
     alive = maxima > float("-inf")
     living = tl.sum(alive.to(tl.int32), 0)
-    k = tl.where(top_k < vocab, tl.minimum(top_k, MOST_GROUPS), NUCLEUS_GROUPS)
+    nucleus = tl.minimum(tl.maximum(living // 2, 1), NUCLEUS_GROUPS)
+    k = tl.where(top_k < vocab, tl.minimum(top_k, MOST_GROUPS), nucleus)
     bound = tl.full([], float("-inf"), tl.float32)
     if k <= living:
         key = kth_largest(ordered(maxima), alive, k)

@@ -32,10 +32,10 @@ PLAIN: dict[Act, Activation] = {
 def activation(act: Act, gated: bool, ops: Ops) -> Activation:
     """[T, size], or [T, 2 · size] with the gate first where `gated` → [T, size]."""
     if not gated:
-        return PLAIN[act]
+        return ops.gelu_tanh if act == "gelu_tanh" else PLAIN[act]
     known: dict[Act, Activation] = {
         "silu": ops.silu_and_mul,
-        "gelu_tanh": reference.gelu_tanh_and_mul,
+        "gelu_tanh": ops.gelu_tanh_and_mul,
     }
     return known.get(act) or Gated(PLAIN[act])
 

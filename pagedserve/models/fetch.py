@@ -81,8 +81,11 @@ class Fetch:
     def owned(self) -> Iterator[FileIO]:
         """The unfinished file, opened to append, and locked for this process."""
         with self.incomplete.open("ab", buffering=0) as file:
-            while not locked(file):
-                self.pause(WATCH_SECONDS)
+            if not locked(file):
+                self.progress.waits(1)
+                while not locked(file):
+                    self.pause(WATCH_SECONDS)
+                self.progress.waits(-1)
             yield file
 
     def fill(self, file: FileIO) -> None:
@@ -191,6 +194,7 @@ def fetch_all(fetches: list[Fetch], watch: Callable[[], None]) -> None:
             while thread.is_alive():
                 thread.join(WATCH_SECONDS)
                 watch()
+        watch()
     finally:
         stop.set()
     if failed:

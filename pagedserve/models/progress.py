@@ -20,9 +20,11 @@ class Progress:
     def __init__(self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
         self.files = self.files_done = 0
         self.num_bytes = self.bytes_done = 0
+        self._waiting = 0  # for other processes
         self._tell = tell
         self._clock = clock
         self._told = float("-inf")
+        self._text = ""
         self._arrived = 0
         self._samples: deque[tuple[float, int]] = deque([(clock(), 0)])
         self._lock = threading.Lock()
@@ -44,6 +46,11 @@ class Progress:
             self.bytes_done += num_bytes
             self._arrived += num_bytes
 
+    def waits(self, change: int) -> None:
+        """One file more (1) or less (-1) that another process is fetching."""
+        with self._lock:
+            self._waiting += change
+
     def finished(self) -> None:
         """A file is whole."""
         with self._lock:
@@ -54,11 +61,13 @@ class Progress:
         now = self._clock()
         if now < self._told + TELL_SECONDS and self.files_done < self.files:
             return
-        self._told = now
+        self._told, last = now, self._text
         self._samples.append((now, self._arrived))
         while len(self._samples) > 2 and self._samples[0][0] < now - WINDOW_SECONDS:
             self._samples.popleft()
-        self._tell(self.text())
+        self._text = self.text()
+        if self._text != last:
+            self._tell(self._text)
 
     def rate(self) -> float:
         """Bytes a second, lately."""
@@ -73,6 +82,8 @@ class Progress:
         left, rate = self.num_bytes - self.bytes_done, self.rate()
         if left > 0 and rate > 0:
             text += f", {size(rate)}/s, {duration(left / rate)} left"
+        if self._waiting:
+            text += ", waiting for another process that fetches the same"
         return text
 
 

@@ -23,7 +23,10 @@ from pagedserve.spec import DecoderSpec
 log = logging.getLogger("pagedserve")
 
 DUMMY_RANGE = 1e-3  # small enough that deep random models stay finite in 16 bits
-STAGING_BYTES = 8 << 20  # what is cast, turned or moved passes through memory of this size
+# What is cast, turned or moved passes through memory of this size: small enough to be still in a
+# core's cache when it is cast, large enough for a copy to a device to be worth its start.
+STAGING_BYTES = 1 << 20
+DEVICE_STAGING_BYTES = 8 << 20
 # Tensors that old checkpoints hold and every implementation computes: not worth a word.
 KNOWN_BUFFERS = re.compile(
     r"rotary_emb|inv_freq|causal_mask|(attn|attention)\.(masked_)?bias$", re.IGNORECASE
@@ -93,8 +96,7 @@ class Checkpoint:
         self.on_progress = on_progress
         found = stored_tensors(directory)
         self.tensors = {n: found[name] for n, name in full_names(found, spec.prefix).items()}
-        patterns = ignored_patterns(spec)
-        ignored = {n for n in self.tensors if any(re.search(p, n) for p in patterns)}
+        ignored = {n for n in self.tensors if any(re.search(p, n) for p in spec.ignored)}
         tell_ignored(directory, sorted(ignored))
         self.used = self.tensors.keys() - ignored
         self.unread = set(self.used)
@@ -188,7 +190,8 @@ class Checkpoint:
             self.files.read(stored, into, skip=begin * row_bytes)
             return
         target = into.transpose(-2, -1) if transposed else into
-        step = max(1, STAGING_BYTES // row_bytes)
+        piece_bytes = STAGING_BYTES if into.device.type == "cpu" else DEVICE_STAGING_BYTES
+        step = max(1, piece_bytes // row_bytes)
         for first in range(begin, end, step):
             last = min(first + step, end)
             piece = self.staged((last - first) * row_bytes)
@@ -216,12 +219,6 @@ class Checkpoint:
         if tenths > self.tenths:
             self.tenths = tenths
             self.on_progress(f"loading weights: {10 * tenths} %")
-
-
-def ignored_patterns(spec: DecoderSpec) -> tuple[str, ...]:
-    """Regular expressions of tensors that may be there and are not used."""
-    found: tuple[str, ...] = getattr(spec, "ignored", ()) or getattr(spec, "buffers", ())
-    return found
 
 
 def tell_ignored(directory: Path, names: list[str]) -> None:

@@ -53,6 +53,8 @@ def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
         seed=config.model.seed,
         context=config.model.max_model_len,
         hf_overrides=config.model.hf_overrides,
+        model_impl=config.model.model_impl,
+        architecture_file=config.model.architecture_file,
         generation_source=config.model.generation_config,
         generation_override=config.model.override_generation_config,
         on_progress=lambda detail: on_progress("load weights", detail),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -149,6 +152,28 @@ def test_a_pull_that_was_killed_goes_on_and_serve_then_asks_nobody(
     status, out, err = run("generate", "abc", "--model", NAME, "--max-tokens", "4", "--offline")
     assert (status, out) == (0, text + "\n"), err
     assert not hub.requests
+
+
+def test_a_pull_on_a_terminal_draws_a_bar_and_elsewhere_writes_lines(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    command = [sys.executable, "-m", "pagedserve", "pull", NAME]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        drawn = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while part := os.read(ours, 4096):
+                drawn += part
+        os.close(ours)
+    assert process.returncode == 0
+    bar = rb"\r\x1b\[Kdownloading \S+ 1\d/1\d files, [\d.]+ of [\d.]+ kB \(100 %\) \[#{10,24}\]\r\n"
+    assert re.search(bar, drawn), drawn
+    out = run("pull", NAME)[1]
+    assert "\r" not in out and "\x1b" not in out
+    assert out.splitlines()[0].startswith(f"downloading {NAME} ")
 
 
 def test_serve_tells_how_far_the_download_is_and_survives_a_cut(

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pagedserve.attention.batch import Batch
 from pagedserve.attention.triton import Processors, TritonAttention, shape_of
 from pagedserve.kernels import kv_write, paged_decode, paged_prefill, reference
 from pagedserve.spec import Attn
-from tests.kernels.paged import Paged, attend, error, paged
+from tests.kernels.paged import Paged, attend, batch_of, error, paged
 
 PLAIN = Attn(heads=6, kv_heads=2, head_dim=8, scale=0.4)
 FEATURES = {
@@ -30,23 +29,6 @@ FEATURES = {
     "latents that are all of a key": Attn(4, 1, 16, 0.3, values_in_keys=16),
 }
 ROWS = [(37, 1), (1, 1), (64, 1), (41, 20), (18, 18), (33, 2)]
-
-
-def batch_of(case: Paged) -> Batch:
-    tokens = case.q.shape[0]
-    zeros = torch.zeros(tokens, dtype=torch.int64)
-    return Batch(
-        input_ids=zeros,
-        positions=zeros,
-        slot_mapping=case.slot_mapping,
-        block_tables=case.block_tables,
-        seq_lens=case.seq_lens,
-        query_start_loc=case.query_start_loc,
-        counts=case.counts,
-        lens=case.lens,
-        num_decodes=case.num_decodes,
-        block_size=case.kv.shape[2],
-    )
 
 
 def backend() -> TritonAttention:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pagedserve.attention.batch import Batch
 from pagedserve.spec import Attn
 
 
@@ -100,6 +101,24 @@ def paged(
         counts,
         torch.rand(attn.heads, generator=make, device=device) if attn.alibi else None,
         torch.randn(attn.heads, generator=make, device=device) if attn.sinks else None,
+    )
+
+
+def batch_of(case: Paged) -> Batch:
+    """The step that computes the case; its tokens and positions are of no interest."""
+    tokens = case.q.shape[0]
+    zeros = torch.zeros(tokens, dtype=torch.int64, device=case.q.device)
+    return Batch(
+        input_ids=zeros,
+        positions=zeros,
+        slot_mapping=case.slot_mapping,
+        block_tables=case.block_tables,
+        seq_lens=case.seq_lens,
+        query_start_loc=case.query_start_loc,
+        counts=case.counts,
+        lens=case.lens,
+        num_decodes=case.num_decodes,
+        block_size=case.kv.shape[2],
     )
 
 

@@ -93,16 +93,24 @@ def test_rms_norm(kernels: cpu.Kernels, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 63, 704])
-def test_silu_and_mul(kernels: cpu.Kernels, size: int) -> None:
+def test_activations(kernels: cpu.Kernels, size: int) -> None:
     x = torch.randn(3, 2 * size) * 8
     assert_close(kernels.silu_and_mul(x), reference.silu_and_mul(x.double()))
+    assert_close(kernels.gelu_tanh_and_mul(x), reference.gelu_tanh_and_mul(x.double()))
+    assert_close(kernels.gelu_tanh(x), reference.gelu_tanh(x.double()))
 
 
-def test_silu_of_what_is_far_out_and_of_nan(kernels: cpu.Kernels) -> None:
-    x = torch.tensor([-200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0, torch.nan])
-    got = kernels.silu_and_mul(torch.cat((x, torch.ones(8)))[None])[0]
-    wanted = torch.nn.functional.silu(x)
-    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
+def test_activations_of_what_is_far_out_and_of_nan(kernels: cpu.Kernels) -> None:
+    x = torch.tensor([-1e20, -200.0, -90.0, -20.0, 0.0, 20.0, 200.0, 1e20, torch.nan])
+    gated = torch.cat((x, torch.ones(9)))[None]
+    results = (
+        (kernels.silu_and_mul(gated)[0], torch.nn.functional.silu(x)),
+        (kernels.gelu_tanh_and_mul(gated)[0], reference.gelu_tanh(x)),
+        (kernels.gelu_tanh(x), reference.gelu_tanh(x)),
+    )
+    for got, wanted in results:
+        torch.testing.assert_close(got[1:], wanted[1:], rtol=1e-6, atol=1e-30, equal_nan=True)
+        assert abs(got[0]) < 1e-15
 
 
 @pytest.mark.parametrize(("heads", "size", "rotated"), [(1, 2, 2), (5, 24, 24), (6, 64, 16)])

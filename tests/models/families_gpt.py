@@ -8,12 +8,7 @@ from tests.models.case import Case
 
 GPT: dict[str, Any] = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}
 ROTATED: dict[str, Any] = {**GPT, "rotary_dim": 10}
-NEO: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "num_heads": 4,
-    "attention_types": [[["global", "local"], 2]],
-    "window_size": 9,
-}
+NEO: dict[str, Any] = {"num_heads": 4, "window_size": 9}
 MPT: dict[str, Any] = {"d_model": 96, "n_layers": 3, "n_heads": 6, "max_seq_len": 512}
 OPT: dict[str, Any] = {"ffn_dim": 96, "word_embed_proj_dim": 64}
 XGLM: dict[str, Any] = {"d_model": 64, "num_layers": 3, "attention_heads": 4, "ffn_dim": 96}
@@ -46,6 +41,7 @@ CASES_GPT: dict[str, Case] = {
             },
         },
     ),
+    "gpt_neox_japanese": Case("gpt_neox_japanese"),
     "falcon 7b": Case("falcon", {}),
     "falcon 40b": Case("falcon", GROUPED),
     "falcon 11b": Case("falcon", {**GROUPED, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 100}),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pagedserve.errors import StartupError
 from pagedserve.models import config_json, defaults
 from pagedserve.models.architectures import spec_of
 from tests.checkpoints import config_of
@@ -63,8 +64,13 @@ def theirs(family: str, keys: set[str]) -> dict[str, Any]:
     known = set(kind().to_dict()) & keys - DERIVED
     found = {key: getattr(kind, key) for key in sorted(known) if plain(getattr(kind, key, ...))}
     theta = getattr(kind, "default_theta", None)
+    if isinstance(theta, dict):  # of each kind of layer
+        theta = theta["global"]
     if isinstance(theta, float | int) and theta != 10000.0:
         found["default_theta"] = theta
+    rope = kind().to_dict().get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        found["rope_parameters"] = rope
     return found
 
 
@@ -76,6 +82,21 @@ def plain(value: Any) -> bool:
 def test_a_config_that_leaves_out_defaults_is_filled_as_transformers_does(family: str) -> None:
     keys = read_keys()[family]
     assert defaults.known()[family] == theirs(family, keys)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_that_says_nothing_is_refused_or_read_as_transformers_does(family: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    classes = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
+    written = normalised(CONFIG_MAPPING[family](architectures=classes))
+    silent = {"model_type": family, "architectures": classes}
+    try:
+        spec = spec_of(config_json.complete(silent))
+    except StartupError:
+        return  # some sizes have no default
+    assert spec == spec_of(written)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"eos_token": {"__type": "AddedToken", "content": "<|end|>", "special": True}},
     {"pad_token": "stop"},  # in the vocabulary, made special by the config alone
     {"added_tokens_decoder": {"900": {"content": "<extra>", "special": False}}},
+    {"additional_special_tokens": ["stop", "<extra>"]},
 ]
 
 
@@ -50,6 +51,16 @@ def test_encode_and_decode_equal_transformers(
     assert ours.special_tokens == {
         name: text for name, text in theirs.special_tokens_map.items() if isinstance(text, str)
     }
+
+
+def test_special_tokens_of_a_class_hold_where_the_vocabulary_has_them(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, byte_level(), tokenizer_class="Known", eos_token=None)
+    usual = {"Known": {"specials": {"eos_token": EOS, "pad_token": "<pad>", "bos_token": "x"}}}
+    tokenizer = Tokenizer.from_directory(directory, usual)
+    assert tokenizer.special_tokens == {"bos_token": BOS, "eos_token": EOS}
+    assert tokenizer.end_id == byte_level().token_to_id(EOS)
+    assert tokenizer.vocab_size == byte_level().get_vocab_size()
+    assert Tokenizer.from_directory(directory).end_id is None
 
 
 def test_cleaning_up_equals_transformers(tmp_path: Path) -> None:

@@ -53,6 +53,6 @@ def side_by_side(c: Config, attention: Callable[[int], Attn]) -> DecoderSpec:
         norm=layer_norm(c),
         names=names,
         biases=biases(c),
-        logit_scale=c["logit_scale"],
+        logit_scale=float(c["logit_scale"]),
         tied_head=c.get("tie_word_embeddings", True),
     )

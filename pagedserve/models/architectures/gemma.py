@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pagedserve.errors import StartupError
 from pagedserve.models.architectures.llama import (
     HEAD_NORMS,
     NAMES,
@@ -15,7 +14,7 @@ from pagedserve.models.architectures.llama import (
     rope_by_kind,
     windows,
 )
-from pagedserve.models.architectures.registry import Config, arch
+from pagedserve.models.architectures.registry import Config, arch, refuse
 from pagedserve.spec import DecoderSpec, Layer, Norm, Tensors
 
 FOUR_NORMS = {
@@ -53,8 +52,7 @@ def gemma_decoder(
     c: Config, *, names: Tensors, full_every: int, qk_norm: Norm | None = None
 ) -> DecoderSpec:
     """All of them. `full_every`: see `kinds`."""
-    if c.get("use_bidirectional_attention"):
-        raise StartupError("config.json: use_bidirectional_attention is not supported")
+    refuse(c, "use_bidirectional_attention")
     name = c.get("hidden_activation") or c.get("hidden_act")
     if name in (None, "gelu"):  # so the first files call it
         name = "gelu_pytorch_tanh"

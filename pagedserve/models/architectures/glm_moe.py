@@ -12,6 +12,7 @@ from pagedserve.models.architectures.llama import (
     kinds,
     mlp,
     rms,
+    rope,
 )
 from pagedserve.models.architectures.registry import Config, arch
 from pagedserve.spec import DecoderSpec, Layer, Moe
@@ -21,11 +22,11 @@ BIASED = {True: frozenset(QKV), False: frozenset[str]()}
 
 @arch("Glm4MoeForCausalLM")
 def glm4_moe(c: Config) -> DecoderSpec:
-    norm = rms(c) if c["use_qk_norm"] else None
+    attention = attn(c, rope=rope(c, partial=0.5), qk_norm=rms(c) if c["use_qk_norm"] else None)
     moe, dense = sigmoid_moe(c), c["first_k_dense_replace"]
     return decoder(
         c,
-        layer=lambda i: Layer(attn(c, qk_norm=norm), mlp(c) if i < dense else moe),
+        layer=lambda i: Layer(attention, mlp(c) if i < dense else moe),
         names={**NAMES, **HEAD_NORMS, **EXPERTS},
         biases=BIASED[c["attention_bias"]],
         ignored=extra_layers(c),

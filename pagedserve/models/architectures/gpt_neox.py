@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pagedserve.models.architectures.gpt2 import LINEARS, NORMS, attention, decoder, feed_forward
 from pagedserve.models.architectures.llama import rope, stretched
 from pagedserve.models.architectures.registry import Config, arch
-from pagedserve.spec import DecoderSpec, Layer, Norm
+from pagedserve.spec import DecoderSpec, Layer, Mlp, Norm
 
 NAMES = {
     "embed": "gpt_neox.embed_in",
@@ -19,30 +21,57 @@ NAMES = {
     "up": "mlp.dense_h_to_4h",
     "down": "mlp.dense_4h_to_h",
 }
+JAPANESE = {
+    "embed": "gpt_neox_japanese.embed_in",
+    "final_norm": "gpt_neox_japanese.final_layer_norm",
+    "layer": "gpt_neox_japanese.layers.{i}.",
+    "out.bias": "attention.dense_bias",
+}
 BUFFERS = (r"\.attention\.(bias|masked_bias|rotary_emb\.\w+)$",)
-SHARE = 0.25  # rotated of a head, where config.json says nothing
 
 
 @arch("GPTNeoXForCausalLM")
 def gpt_neox(c: Config) -> DecoderSpec:
-    hidden, heads = c["hidden_size"], c["num_attention_heads"]
-    positions = c["max_position_embeddings"]
-    turned = rope(c, dim=hidden // heads, partial=SHARE)
-    attn = attention(hidden, heads, rope=turned, packed="heads")
-    ffn = feed_forward(c["hidden_act"], c["intermediate_size"])
     parallel = c.get("use_parallel_residual", True)
-    layer = Layer(attn, ffn, "parallel" if parallel else "sequential")
     unbiased = frozenset() if c.get("attention_bias", True) else {"qkv", "out"}
-    return decoder(
+    return neox(
         c,
-        hidden,
-        [layer] * c["num_hidden_layers"],
-        max_positions=positions,
-        stretched_positions=stretched(c, positions),
-        norm=Norm("layer", c["layer_norm_eps"]),
-        names=NAMES,
-        prefix="gpt_neox.",
+        feed_forward(c["hidden_act"], c["intermediate_size"]),
+        parallel=parallel,
+        share=0.25,
         biases=(NORMS | LINEARS) - unbiased,
-        ignored=BUFFERS,
         tied_head=c.get("tie_word_embeddings", False),
     )
+
+
+@arch("GPTNeoXJapaneseForCausalLM")
+def gpt_neox_japanese(c: Config) -> DecoderSpec:
+    """One bias beside those of norms, of the last layer's attention; the checkpoint says so."""
+    ffn = feed_forward(c["hidden_act"], int(c["intermediate_multiple_size"] * c["hidden_size"]))
+    return neox(
+        c,
+        ffn,
+        parallel=False,
+        share=1.0,
+        names={**NAMES, **JAPANESE},
+        prefix="gpt_neox_japanese.",
+        biases=NORMS,
+    )
+
+
+def neox(c: Config, ffn: Mlp, *, parallel: bool, share: float, **changes: Any) -> DecoderSpec:
+    """Both. `share`: rotated of a head, where config.json says nothing."""
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    turned = rope(c, dim=hidden // heads, partial=share)
+    attn = attention(hidden, heads, rope=turned, packed="heads")
+    layer = Layer(attn, ffn, "parallel" if parallel else "sequential")
+    positions = c["max_position_embeddings"]
+    fields: dict[str, Any] = {
+        "max_positions": positions,
+        "stretched_positions": stretched(c, positions),
+        "norm": Norm("layer", c["layer_norm_eps"]),
+        "names": NAMES,
+        "prefix": "gpt_neox.",
+        "ignored": BUFFERS,
+    }
+    return decoder(c, hidden, [layer] * c["num_hidden_layers"], **{**fields, **changes})

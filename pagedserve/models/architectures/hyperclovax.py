@@ -9,7 +9,7 @@ from pagedserve.spec import DecoderSpec, Layer
 SIDE_NORMS = {"post_attn": "post_norm1", "post_ffn": "post_norm2"}
 
 
-@arch("HyperCLOVAXForCausalLM")
+@arch("HyperCLOVAXForCausalLM", may_be_null=("attention_multiplier",))
 def hyperclovax(c: Config) -> DecoderSpec:
     scale = c.get("attention_multiplier")
     attention = attn(c, scale=head_dim(c) ** -0.5 if scale is None else scale)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pagedserve.errors import StartupError
 from pagedserve.models.architectures.llama import MLP, OUT, QKV, biases, decoder
-from pagedserve.models.architectures.registry import Config, arch
+from pagedserve.models.architectures.registry import Config, arch, refuse
 from pagedserve.spec import DecoderSpec
 
 
@@ -16,7 +15,5 @@ def internlm3(c: Config) -> DecoderSpec:
 
 @arch("IQuestCoderForCausalLM")
 def iquest_coder(c: Config) -> DecoderSpec:
-    for key in ("clip_qkv", "use_sliding_window"):  # no published checkpoint has them
-        if c.get(key):
-            raise StartupError(f"config.json: {key} is not supported with this architecture")
+    refuse(c, "clip_qkv", "use_sliding_window")  # no published checkpoint has them
     return decoder(c, biases=biases(c))

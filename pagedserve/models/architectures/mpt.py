@@ -45,7 +45,7 @@ def mpt(c: Config) -> DecoderSpec:
         names={**NAMES, "positions": "transformer.wpe"} if learned else NAMES,
         biases=frozenset() if c.get("no_bias", True) else BIASES,
         positions=Positions("learned", rows) if learned else None,
-        logit_scale=logit_scale(c.get("logit_scale"), hidden),
+        logit_scale=c.get("logit_scale") or 1.0,
     )
 
 
@@ -71,12 +71,3 @@ def attention(c: Config, hidden: int, options: dict[str, Any], norm: Norm) -> At
         qk_norm_over="all heads",
         packed="qkv",
     )
-
-
-def logit_scale(given: float | str | None, hidden: int) -> float:
-    """A number, or the one word that stands for one."""
-    if isinstance(given, str):
-        if given != "inv_sqrt_d_model":
-            raise StartupError(f"config.json: logit_scale {given!r} is not supported")
-        return float(hidden**-0.5)
-    return given or 1.0

@@ -130,6 +130,11 @@ FLAGS = (
     "scale_qk_dot_by_d",
     "mup_scale_qk_dot_by_d",
     "norm_topk_prob",
+    "qk_layernorm",
+    "use_qk_norm",
+    "attention_out_bias",
+    "use_post_norm",
+    "use_bidirectional_attention",
 )
 # null there is as good as leaving it out, or says that there is none
 MAY_BE_NULL = frozenset(

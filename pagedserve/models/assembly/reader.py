@@ -48,9 +48,15 @@ class Reader:
         prefix = "" if i is None else self.spec.names["layer"].format(i=i)
         return prefix + self.spec.names[role].format(**self.numbers)
 
+    def whole_name(self, role: str, i: int | None = None, part: str = "weight") -> str:
+        """With its part; `part` "" for a tensor that is called by its role alone."""
+        if f"{role}.{part}" in self.spec.names:
+            return self.name(f"{role}.{part}", i)
+        return f"{self.name(role, i)}.{part}" if part else self.name(role, i)
+
     def has(self, role: str, i: int | None = None, part: str = "weight") -> bool:
         """Whether the checkpoint holds it, demanded or not."""
-        return role in self.spec.names and self.source.has(f"{self.name(role, i)}.{part}")
+        return role in self.spec.names and self.source.has(self.whole_name(role, i, part))
 
     def has_bias(self, role: str, i: int | None = None) -> bool:
         return role in self.spec.biases or self.has(role, i, "bias")
@@ -69,7 +75,7 @@ class Reader:
         rows: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """One tensor of its own; `part` "" for one that is called by its role alone."""
+        """One tensor of its own."""
         into = self.empty(*shape, dtype=dtype)
         self.read(role, into, i, part=part, rows=rows)
         return into
@@ -85,8 +91,8 @@ class Reader:
         transposed: bool = False,
     ) -> None:
         """Fill `into`."""
-        name = self.name(role, i)
-        self.source.read(f"{name}.{part}" if part else name, into, transposed=transposed, rows=rows)
+        name = self.whole_name(role, i, part)
+        self.source.read(name, into, transposed=transposed, rows=rows)
 
     def norm(self, role: str, i: int | None = None, norm: Norm | None = None) -> Normalize | None:
         """The norm of a role over the hidden size, as the spec's; None where the role is absent."""
