@@ -114,6 +114,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int | None = option(
         None, "tokens computed in one step; 8192 on a GPU, 512 on a CPU if left out", low=1
     )
+    enforce_eager: bool = option(False, "run every step op by op: no CUDA graphs, no overlap")
     async_scheduling: bool | None = option(
         None, "launch a step before the last one's tokens are seen; on by default on a GPU"
     )

@@ -21,7 +21,7 @@ from pagedserve.errors import StartupError
 from pagedserve.kernels import cpu, cpu_matrix, reference
 from pagedserve.kernels.experts import Experts, ExpertWeights, GroupedExperts, LoopedExperts
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
-from pagedserve.kernels.ops import Ops
+from pagedserve.kernels.ops import HeadOps, Ops
 
 if TYPE_CHECKING:
     from pagedserve.kernels.gpu import GpuKernels
@@ -79,6 +79,10 @@ class Device(Protocol):
         """The fastest forms of the other ops here, on tensors of `dtype`."""
         ...
 
+    def head_ops(self, dtype: Dtype) -> HeadOps | None:
+        """Who does all of an attention layer's small ops in one kernel, if anybody does."""
+        ...
+
 
 class Cpu:
     """The host itself: float32, memory bounded by the machine and by its container."""
@@ -121,6 +125,9 @@ class Cpu:
     def ops(self, dtype: Dtype) -> Ops:
         return self.kernels(dtype) or reference
 
+    def head_ops(self, dtype: Dtype) -> HeadOps | None:
+        return None
+
     def kernels(self, dtype: Dtype) -> cpu.Kernels | None:
         """Ours in C++, which know float32 only, where they could be compiled."""
         return cpu.load() if dtype == float32 else None
@@ -162,6 +169,10 @@ class Cuda:
     def ops(self, dtype: Dtype) -> Ops:
         kernels = self.kernels
         return kernels.ops if kernels is not None else reference
+
+    def head_ops(self, dtype: Dtype) -> HeadOps | None:
+        kernels = self.kernels
+        return kernels.head_ops if kernels is not None else None
 
     @cached_property
     def kernels(self) -> GpuKernels | None:

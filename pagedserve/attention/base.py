@@ -17,6 +17,8 @@ class AttentionBackend(Protocol):
     """Computes attention for whole batches. Knows no model: what it computes is said by `attn`."""
 
     name: str
+    needs_lens: bool  # it reads a batch's counts and lens, not only its tensors
+    takes_written: bool  # k may be None: this step's keys and values are in the cache already
 
     def supports(self, attn: Attn, kv_dtype: torch.dtype, block_size: int) -> str | None:
         """None, or why this backend cannot compute `attn` over such a cache."""
@@ -29,7 +31,7 @@ class AttentionBackend(Protocol):
     def forward(
         self,
         q: Tensor,
-        k: Tensor,
+        k: Tensor | None,
         v: Tensor | None,
         kv: Tensor,
         plan: Plan,

@@ -25,6 +25,8 @@ class CpuAttention:
     """Rows of one token and of several alike."""
 
     name = "cpu"
+    needs_lens = True
+    takes_written = False
 
     def __init__(self, device: Device):
         self.kernels = None if device.is_gpu else cpu.load()
@@ -47,7 +49,7 @@ class CpuAttention:
     def forward(
         self,
         q: Tensor,
-        k: Tensor,
+        k: Tensor | None,
         v: Tensor | None,
         kv: Tensor,
         plan: CpuPlan,
@@ -57,7 +59,7 @@ class CpuAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionBackend`."""
-        assert self.kernels is not None
+        assert self.kernels is not None and k is not None
         assert (slopes is None) == (attn.alibi is None) and (sinks is not None) == attn.sinks
         self.kernels.kv_write(kv, plan.slot_mapping, k, v)
         return self.kernels.paged_attention(

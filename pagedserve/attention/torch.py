@@ -36,6 +36,8 @@ class TorchAttention:
     """See the module. Its scratch for gathered keys and values serves all layers."""
 
     name = "torch"
+    needs_lens = True
+    takes_written = False
 
     def __init__(self, device: Device):
         self.scratch: dict[tuple[torch.dtype, int, int], Tensor] = {}  # by dtype, heads, head_dim
@@ -55,7 +57,7 @@ class TorchAttention:
     def forward(
         self,
         q: Tensor,
-        k: Tensor,
+        k: Tensor | None,
         v: Tensor | None,
         kv: Tensor,
         plan: TorchPlan,
@@ -65,6 +67,7 @@ class TorchAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionBackend`."""
+        assert k is not None
         layout, sight = Layout.of(kv), Sight.of(attn)
         places = plan.places.get(layout)
         if places is None:

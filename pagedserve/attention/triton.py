@@ -64,6 +64,8 @@ class TritonAttention:
     """See the module. `processors`: of the device, unless a test says otherwise."""
 
     name = "triton"
+    needs_lens = False
+    takes_written = True
 
     def __init__(self, device: Device, processors: Processors | None = None):
         self.processors = processors or Processors.of(device.torch)

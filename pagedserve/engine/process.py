@@ -94,7 +94,9 @@ def serve(channel: Channel) -> None:
         )
     )
     overlap = config.scheduler.async_scheduling
-    depth = 2 if (info.asynchronous if overlap is None else overlap) else 1
+    if overlap is None:
+        overlap = info.asynchronous and not config.scheduler.enforce_eager
+    depth = 2 if overlap else 1
     try:
         Engine(scheduler, executor, channel, depth=depth).run()
     finally:

@@ -8,7 +8,7 @@ from typing import cast
 from pagedserve.config import Config
 from pagedserve.executor.base import Ticket
 from pagedserve.step import EngineInfo, Step, StepOutput
-from pagedserve.worker.runner import LaunchedStep, Runner
+from pagedserve.worker.start import Launched, Worker, start
 
 
 class LocalExecutor:
@@ -17,22 +17,22 @@ class LocalExecutor:
     def __init__(self, config: Config, on_progress: Callable[[str, str], None]):
         self._config = config
         self._on_progress = on_progress
-        self._runner: Runner | None = None
+        self._worker: Worker | None = None
 
     def start(self) -> EngineInfo:
         """Load the model and allocate the cache. Raises StartupError."""
-        self._runner = Runner.start(self._config, self._on_progress)
-        return self._runner.info
+        self._worker = start(self._config, self._on_progress)
+        return self._worker.info
 
     def launch(self, step: Step) -> Ticket:
         """Enqueue the step's forward and sampling on the device."""
-        assert self._runner is not None, "start() comes first"
-        return Ticket(self._runner.launch(step))
+        assert self._worker is not None, "start() comes first"
+        return Ticket(self._worker.launch(step))
 
     def result(self, ticket: Ticket) -> StepOutput:
         """Wait for the step's tokens."""
-        return cast(LaunchedStep, ticket).result()
+        return cast(Launched, ticket).result()
 
     def stop(self) -> None:
         """Let go of the model and the cache."""
-        self._runner = None
+        self._worker = None

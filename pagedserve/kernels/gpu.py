@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pagedserve.kernels import dispatch, gpu_matrix, gpu_ops, launch
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
-from pagedserve.kernels.ops import Ops
+from pagedserve.kernels.ops import HeadOps, Ops
 from pagedserve.kernels.split_k import Scratch
 
 TABLE = "products.json"
@@ -25,6 +25,7 @@ class GpuKernels:
     scratch: Scratch
     table: dispatch.Table
     ops: Ops = gpu_ops
+    head_ops: HeadOps = gpu_ops
 
     @classmethod
     def on(cls, device: torch.device, cache: Path) -> GpuKernels:

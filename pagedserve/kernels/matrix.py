@@ -8,7 +8,7 @@ A `FusedMatrix` takes all of it in one call, for a device where each step betwee
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ class RmsWeight:
     eps: float
 
 
+@runtime_checkable
 class FusedMatrix(Matrix, Protocol):
     """A matrix that also takes what stands before and behind its product."""
 

@@ -19,3 +19,20 @@ class Ops(Protocol):
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor: ...
 
     def gelu_tanh(self, x: Tensor) -> Tensor: ...
+
+
+class HeadOps(Protocol):
+    """What is done to the heads of q, k and v in one kernel, see `qk_rope_kv`."""
+
+    def qk_rope_kv(
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        slot_mapping: Tensor,
+        *,
+        heads: int,
+        angles: tuple[Tensor, Tensor] | None = None,
+        norm: Tensor | None = None,
+        eps: float = 1e-6,
+        norm_after: bool = False,
+    ) -> Tensor: ...

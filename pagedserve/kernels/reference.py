@@ -11,7 +11,12 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019).
+
+    A weight of another dtype than x: computed in float32, rounded once.
+    """
+    if weight.dtype != x.dtype:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 

@@ -16,7 +16,7 @@ class Forward:
     """Made by the decoder once a step; layers know their places in the lists.
 
     kv: each caching layer's view of the cache. angles: of each rotary embedding. query_scales: of
-    each `QueryScale`, [T, 1, 1].
+    each `QueryScale`, [T, 1, 1]. slot_mapping: [T], where each token's keys and values go.
     """
 
     kv: Sequence[Tensor]
@@ -24,3 +24,4 @@ class Forward:
     plan: Plan
     angles: Sequence[Angles]
     query_scales: Sequence[Tensor]
+    slot_mapping: Tensor

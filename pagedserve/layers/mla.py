@@ -17,7 +17,7 @@ from torch import Tensor
 from pagedserve.kernels.ops import Ops
 from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
-from pagedserve.layers.norm import Normalize
+from pagedserve.layers.norm import Normalize, normed
 from pagedserve.spec import Attn, Mla
 
 
@@ -53,8 +53,11 @@ class LatentAttention:
     rotary: int
     query_scale: int | None = None
 
-    def __call__(self, x: Tensor, residual: Tensor | None, forward: Forward) -> Tensor:
-        """x, residual: [T, C] → residual + attention of x. Writes this step's latents."""
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, forward: Forward, norm: Normalize | None = None
+    ) -> Tensor:
+        """x, residual: [T, C] → residual + attention of norm(x). Writes this step's latents."""
+        x = normed(norm, x)
         spec, tokens = self.spec, x.shape[0]
         rotated = spec.rope.dim
         angles = forward.angles[self.rotary]

@@ -86,16 +86,25 @@ class Xielu:
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """up: [2 · size, C] where gated, else [size, C]; down: [C, size]."""
+    """up: [2 · size, C] where gated, else [size, C]; down: [C, size].
+
+    `gate`: the activation's name where the product may do it, see `Linear.gated`.
+    """
 
     up: Linear
     down: Linear
     activate: Activation
     inner_norm: Normalize | None = None
+    gate: Act | None = None
 
-    def __call__(self, x: Tensor, residual: Tensor | None, forward: Forward) -> Tensor:
-        """x, residual: [T, C] → residual + feed-forward of x."""
-        x = self.activate(self.up(x))
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, forward: Forward, norm: Normalize | None = None
+    ) -> Tensor:
+        """x, residual: [T, C] → residual + feed-forward of norm(x)."""
+        if self.gate is not None and self.up.fused is not None:
+            x = self.up.gated(x, norm, self.gate)
+        else:
+            x = self.activate(self.up(x, norm))
         if self.inner_norm is not None:
             x = self.inner_norm(x)
         return self.down.add(x, residual)

@@ -15,6 +15,7 @@ from pagedserve.kernels.experts import Experts
 from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
 from pagedserve.layers.mlp import FeedForward
+from pagedserve.layers.norm import Normalize, normed
 from pagedserve.spec import Moe
 
 
@@ -83,8 +84,11 @@ class MixtureOfExperts:
     shared: FeedForward | None
     shared_router: Linear | None
 
-    def __call__(self, x: Tensor, residual: Tensor | None, forward: Forward) -> Tensor:
-        """x, residual: [T, C] → residual + what the experts say."""
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, forward: Forward, norm: Normalize | None = None
+    ) -> Tensor:
+        """x, residual: [T, C] → residual + what the experts say to norm(x)."""
+        x = normed(norm, x)
         weights, experts = self.router(x)
         y = self.experts.apply(x, weights, experts, on_input=self.router.spec.on_input)
         if self.shared is not None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagedserve.kernels import reference
+from pagedserve.kernels.matrix import RmsWeight
 from pagedserve.kernels.ops import Ops
 from pagedserve.spec import Norm
 
@@ -64,7 +65,7 @@ class WideRmsNorm:
     weight: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
+        return reference.rms_norm(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,18 @@ class LayerNorm:
             bias = None if self.bias is None else self.bias.float()
             return reference.layer_norm(x.float(), self.weight, bias, self.eps).to(x.dtype)
         return reference.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def normed(norm: Normalize | None, x: Tensor) -> Tensor:
+    """norm(x), or x."""
+    return x if norm is None else norm(x)
+
+
+def in_product(norm: Normalize | None) -> RmsWeight | None:
+    """What a product needs to know to do `norm` itself; None for a norm that it cannot do."""
+    if isinstance(norm, RmsNorm | WideRmsNorm):
+        return RmsWeight(norm.weight, norm.eps)
+    return None
 
 
 def normalize(norm: Norm, weight: Tensor, bias: Tensor | None, ops: Ops) -> Normalize:

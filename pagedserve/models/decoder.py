@@ -19,10 +19,11 @@ from torch import Tensor
 
 from pagedserve.attention.base import AttentionBackend, Plan
 from pagedserve.attention.batch import Batch
+from pagedserve.kernels.experts import LoopedExperts
 from pagedserve.layers.embedding import Embedding
 from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
-from pagedserve.layers.norm import Normalize
+from pagedserve.layers.norm import Normalize, normed
 from pagedserve.layers.rotary import Rotary, query_scale
 from pagedserve.spec import DecoderSpec, QueryScale
 
@@ -30,8 +31,10 @@ from pagedserve.spec import DecoderSpec, QueryScale
 class Part(Protocol):
     """Attention or feed-forward of any kind."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None, forward: Forward) -> Tensor:
-        """x, residual: [T, C] → residual + what it makes of x; that alone where there is none."""
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, forward: Forward, norm: Normalize | None = None
+    ) -> Tensor:
+        """x, residual: [T, C] → residual + what it makes of norm(x); that alone without one."""
         ...
 
 
@@ -62,8 +65,8 @@ class Block:
             x = self.add(self.attention, x, x, self.post_attn, forward)
             x = normed(self.pre_ffn, x)
             return self.add(self.ffn, x, x, self.post_ffn, forward)
-        x = self.add(self.attention, normed(self.pre_attn, x), x, self.post_attn, forward)
-        return self.add(self.ffn, normed(self.pre_ffn, x), x, self.post_ffn, forward)
+        x = self.add(self.attention, x, x, self.post_attn, forward, self.pre_attn)
+        return self.add(self.ffn, x, x, self.post_ffn, forward, self.pre_ffn)
 
     def in_parallel(self, x: Tensor, forward: Forward) -> Tensor:
         """Both parts read the same residual."""
@@ -73,18 +76,20 @@ class Block:
         return self.add(self.ffn, own, x, self.post_ffn, forward)
 
     def add(
-        self, part: Part | None, h: Tensor, x: Tensor, norm: Normalize | None, forward: Forward
+        self,
+        part: Part | None,
+        h: Tensor,
+        x: Tensor,
+        post: Normalize | None,
+        forward: Forward,
+        pre: Normalize | None = None,
     ) -> Tensor:
-        """x + scale · norm(part(h)); in one go where there is neither."""
+        """x + scale · post(part(pre(h))); in one go where there is neither scale nor post."""
         if part is None:
             return x
-        if norm is None and self.residual_scale == 1.0:
-            return part(h, x, forward)
-        return x + normed(norm, part(h, None, forward)) * self.residual_scale
-
-
-def normed(norm: Normalize | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+        if post is None and self.residual_scale == 1.0:
+            return part(h, x, forward, pre)
+        return x + normed(post, part(h, None, forward, pre)) * self.residual_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +105,12 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden: [n, C] → [n, vocab] float32."""
+        """hidden: [n, C] → [n, vocab], float32 where something is done to the logits."""
         if self.narrow is not None:
             hidden = self.narrow(hidden)
-        logits = self.linear(hidden).float()
+        logits = self.linear(hidden)
+        if self.scale != 1.0 or self.softcap is not None:
+            logits = logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -140,7 +147,7 @@ class Decoder:
             x = self.embedding(batch.input_ids, batch.positions)
             angles = [rotary.angles(batch.positions, x.dtype) for rotary in self.rotaries]
             scales = [query_scale(each, batch.positions, x.dtype) for each in self.query_scales]
-            forward = Forward(kv_layers, backend, plan, angles, scales)
+            forward = Forward(kv_layers, backend, plan, angles, scales, batch.slot_mapping)
             x = self.through(x, forward)
             return normed(self.final_norm, x)
 
@@ -157,10 +164,19 @@ class Decoder:
             x = block(x, forward)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [n, C], rows of what `forward` returned → [n, vocab] float32."""
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """The same as `logits`, in the model's own dtype where nothing is done to them."""
         with torch.inference_mode():
             return self.head(hidden)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `forward` only enqueues: no shape or choice depends on numbers on the device."""
+        return not any(isinstance(each, LoopedExperts) for each in parts(self.blocks))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [n, C], rows of what `forward` returned → [n, vocab] float32."""
+        return self.head_logits(hidden).float()
 
     def weight_bytes(self) -> int:
         """Bytes of all weights in the forms they are held in; a tied head shares what it can."""
@@ -170,13 +186,19 @@ class Decoder:
 
 def tensors(held: Any) -> Iterator[Tensor]:
     """Every tensor in a tree of dataclasses and tuples; matrices know their own."""
-    if isinstance(held, Tensor):
-        yield held
-    elif hasattr(held, "tensors"):
-        yield from held.tensors()
-    elif isinstance(held, tuple):
+    for part in parts(held):
+        if isinstance(part, Tensor):
+            yield part
+        elif hasattr(part, "tensors"):
+            yield from part.tensors()
+
+
+def parts(held: Any) -> Iterator[Any]:
+    """Everything in a tree of dataclasses and tuples, down to tensors and matrices."""
+    yield held
+    if isinstance(held, tuple):
         for part in held:
-            yield from tensors(part)
-    elif dataclasses.is_dataclass(held):
+            yield from parts(part)
+    elif dataclasses.is_dataclass(held) and not hasattr(held, "tensors"):
         for each in dataclasses.fields(held):
-            yield from tensors(getattr(held, each.name))
+            yield from parts(getattr(held, each.name))

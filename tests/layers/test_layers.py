@@ -42,7 +42,7 @@ def test_heads_are_normalised_with_their_own_weights() -> None:
 def test_feed_forward_gates_and_adds_the_residual() -> None:
     gate, up, down = torch.randn(24, 16), torch.randn(24, 16), torch.randn(16, 24)
     x, residual = torch.randn(3, 16), torch.randn(3, 16)
-    forward = Forward((), None, None, (), ())  # of no interest to it
+    forward = Forward((), None, None, (), (), torch.empty(0))  # of no interest to it
     gated = FeedForward(
         Linear.of(torch.cat((gate, up)), None, CPU),
         Linear.of(down, None, CPU),

@@ -77,7 +77,17 @@ def attention(reader: Reader, i: int, shared: Shared) -> Mixer | None:
         out_norm=reader.optional_norm("out_norm", width, spec.out_norm, i),
         slopes=slopes,
         sinks=sinks,
+        fused=reader.device.head_ops(reader.dtype) if in_one_kernel(spec) else None,
     )
+
+
+def in_one_kernel(attn: Attn) -> bool:
+    """Whether `kernels.qk_rope_kv` knows all that happens to the heads of q and k."""
+    norm = attn.qk_norm
+    known = norm is None or (
+        norm.kind == "rms" and not norm.bare and attn.qk_norm_over != "all heads"
+    )
+    return known and attn.clip is None and attn.query_scale is None
 
 
 def query_key_value(reader: Reader, attn: Attn, i: int) -> Linear:

@@ -41,7 +41,8 @@ def mlp(reader: Reader, spec: Mlp, i: int, prefix: str = "") -> FeedForward:
         up = reader.linear({f"{prefix}gate": spec.size, f"{prefix}up": spec.size}, hidden, i)
     inner = reader.optional_norm(f"{prefix}inner_norm", spec.size, spec.inner_norm, i)
     down = reader.linear({f"{prefix}down": hidden}, spec.size, i)
-    return FeedForward(up, down, activate(reader, spec, i), inner)
+    gate = spec.act if spec.gated and spec.act != "xielu" else None
+    return FeedForward(up, down, activate(reader, spec, i), inner, gate)
 
 
 def activate(reader: Reader, spec: Mlp, i: int) -> Activation:

@@ -1,0 +1,182 @@
+"""A whole step on a GPU, from its message to its tokens, for a fixed number of rows and tokens.
+
+    make inputs ─▶ embed ─▶ layers ─▶ last rows ─▶ head ─▶ sample ─▶ append
+
+Everything between is static memory or the stage's own, no shape depends on what a step holds, and
+nothing asks the host; so a stage is captured as one CUDA graph and replayed. A step takes the
+smallest stage that holds it, and pads. The same stage run op by op is the oracle of its graph.
+
+    one-token stages    R rows, R tokens                  decode
+    mixed stages        R rows, T tokens, any counts      prefill, chunks, decode beside them
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pagedserve.attention.base import AttentionBackend
+from pagedserve.attention.batch import Batch
+from pagedserve.kernels import step_inputs
+from pagedserve.kernels.sample_gpu import Needs
+from pagedserve.kernels.step_inputs import Inputs, Message
+from pagedserve.models.decoder import Decoder
+from pagedserve.worker.gpu_sampler import GpuSampler
+
+log = logging.getLogger("pagedserve")
+
+SEEN_BEFORE_CAPTURE = 1  # runs of a stage before it is worth a graph; the first also warms it up
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a stage holds: at most so many rows and tokens. `mixed`: rows may have several."""
+
+    rows: int
+    tokens: int
+    mixed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What all stages share, all of it permanent. The last slot is the scratch slot."""
+
+    token_ids: Tensor  # [S, L] int64
+    block_tables: Tensor  # [S, W] int32
+    message: Tensor  # [layout.size] int32
+    layout: Message
+    inputs: Inputs
+    results: Tensor  # [2 · rows] int32
+    kv: list[Tensor]
+    block_size: int
+    scratch_block: int
+
+
+@dataclass(slots=True)
+class Stage:
+    """`hidden`, `logits`: what the last run made, until the next; `graph`: once it is captured."""
+
+    size: Size
+    needs: Needs
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+    runs: int = 0
+
+
+@dataclass(slots=True)
+class Stages:
+    """Makes, captures and runs them. `eager`: never captures."""
+
+    memory: Memory
+    decoder: Decoder
+    backend: AttentionBackend
+    sampler: GpuSampler
+    sizes: Sizes
+    eager: bool
+    known: dict[tuple[Size, Needs], Stage] = field(default_factory=dict)
+    pool: Any = None  # what torch calls a handle
+
+    def run(self, size: Size, needs: Needs) -> Stage:
+        """Enqueue a step whose message is in `memory.message`; the stage that ran it."""
+        stage = self.known.get((size, needs))
+        if stage is None:
+            stage = self.known[size, needs] = Stage(size, needs)
+        if stage.graph is not None:
+            stage.graph.replay()
+            return stage
+        if not self.eager and stage.runs >= SEEN_BEFORE_CAPTURE and self.decoder.capturable:
+            self.capture(stage)
+            return stage
+        stage.runs += 1
+        self.compute(stage)
+        return stage
+
+    def capture(self, stage: Stage) -> None:
+        """Record the stage as a graph and run it."""
+        graph = torch.cuda.CUDAGraph()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.compute(stage)
+        stage.graph = graph
+        graph.replay()
+
+    def compute(self, stage: Stage) -> None:
+        """The whole step, op by op."""
+        memory, size = self.memory, stage.size
+        inputs = memory.inputs.cut(size.rows, size.tokens)
+        step_inputs.make_inputs(
+            memory.message,
+            memory.layout,
+            inputs,
+            memory.token_ids,
+            memory.block_tables,
+            page=memory.block_size,
+            scratch_block=memory.scratch_block,
+        )
+        batch = batch_of(size, inputs, memory.block_size)
+        plan = self.backend.plan(batch)
+        stage.hidden = self.decoder.forward(batch, memory.kv, self.backend, plan)
+        last = stage.hidden if not size.mixed else stage.hidden[inputs.last]
+        stage.logits = self.decoder.head_logits(last)
+        drawn, finite = self.sampler.sample(stage.logits, inputs.slots, inputs.places, stage.needs)
+        results = memory.results[: 2 * size.rows]
+        step_inputs.append(drawn, finite, inputs, memory.token_ids, results)
+
+
+def batch_of(size: Size, inputs: Inputs, block_size: int) -> Batch:
+    """What models and backends see. Counts on the host only say what kinds of rows there may be."""
+    counts, num_decodes = [1] * size.rows, size.rows
+    if size.mixed:
+        counts, num_decodes = [1] + [2] * (size.rows - 1), 1
+    return Batch(
+        input_ids=inputs.input_ids,
+        positions=inputs.positions,
+        slot_mapping=inputs.slot_mapping,
+        block_tables=inputs.block_tables,
+        seq_lens=inputs.seq_lens,
+        query_start_loc=inputs.query_start_loc,
+        counts=counts,
+        lens=counts,
+        num_decodes=num_decodes,
+        block_size=block_size,
+    )
+
+
+class Sizes:
+    """The sizes there are stages for."""
+
+    def __init__(self, max_rows: int, max_tokens: int):
+        self.one_token = steps(max_rows, (1, 2, 4), ((8, 32), (16, 256), (32, 512), (64, 1 << 30)))
+        # A mixed stage reads at least two rows, and its sampled rows cost the head's time.
+        self.rows = steps(max_rows, (2, 16, 64), ((128, 256), (256, 1 << 30)))
+        fine = ((32, 256), (64, 1024), (128, 2048), (256, 4096), (512, 1 << 30))
+        self.tokens = steps(max_tokens, (16,), fine)
+
+    def of(self, rows: int, tokens: int) -> Size:
+        """The smallest that holds a step."""
+        if rows == tokens:
+            bucket = self.one_token[bisect.bisect_left(self.one_token, rows)]
+            return Size(bucket, bucket, mixed=False)
+        held = self.rows[bisect.bisect_left(self.rows, rows)]
+        return Size(held, self.tokens[bisect.bisect_left(self.tokens, tokens)], mixed=True)
+
+    def largest(self) -> tuple[int, int]:
+        """Rows and tokens that memory must hold."""
+        return max(self.rows[-1], self.one_token[-1]), max(self.tokens[-1], self.one_token[-1])
+
+
+def steps(most: int, first: tuple[int, ...], then: tuple[tuple[int, int], ...]) -> list[int]:
+    """`first`, then on by each step up to its limit, until `most` is held."""
+    found = list(first)
+    for step, limit in then:
+        while found[-1] < min(most, limit):
+            found.append(-(-(found[-1] + 1) // step) * step)
+    cut = bisect.bisect_left(found, most)
+    return found[: cut + 1]
