@@ -13,7 +13,7 @@ from pagedserve.attention.cpu import CpuAttention
 from pagedserve.attention.torch import TorchAttention
 from pagedserve.device import Device
 from pagedserve.errors import StartupError
-from pagedserve.spec import DecoderSpec
+from pagedserve.spec import ModelShape
 
 __all__ = ["AttentionBackend", "Batch", "Plan", "choose"]
 
@@ -28,7 +28,7 @@ def backends(device: Device) -> tuple[Callable[[Device], AttentionBackend], ...]
 
 
 def choose(
-    device: Device, spec: DecoderSpec, kv_dtype: torch.dtype, block_size: int
+    device: Device, spec: ModelShape, kv_dtype: torch.dtype, block_size: int
 ) -> AttentionBackend:
     """The first backend that supports every layer. Raises StartupError with each one's reason."""
     reasons = []

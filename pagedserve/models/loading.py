@@ -1,4 +1,4 @@
-"""Load a model: read its config, pick the dtype, fill the decoder, say what came of it."""
+"""Load a model: read its config, pick who computes it and in which dtype, say what came of it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from pagedserve.device import Device
 from pagedserve.errors import StartupError
 from pagedserve.models import config_json, generation_config
-from pagedserve.models.architectures import spec_of
+from pagedserve.models.architectures import architecture, spec_of, supported
 from pagedserve.models.assembly import assemble
-from pagedserve.models.decoder import Decoder
+from pagedserve.models.base import Model
+from pagedserve.models.custom import run_architecture_file
 from pagedserve.models.weights import Checkpoint, Dummy, Source
-from pagedserve.spec import DecoderSpec
+from pagedserve.spec import DecoderSpec, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What the worker and the engine need to know. `max_model_len`: the model's own limit."""
 
-    spec: DecoderSpec
-    decoder: Decoder
+    spec: ModelShape
+    decoder: Model
     eos_token_ids: list[int]
     max_model_len: int
     dtype: torch.dtype
@@ -40,6 +41,8 @@ def load_model(
     seed: int = 0,
     context: int | None = None,
     hf_overrides: Mapping[str, Any] | None = None,
+    model_impl: str = "auto",
+    architecture_file: str | None = None,
     generation_source: str = "auto",
     generation_override: Mapping[str, Any] | None = None,
     on_progress: Callable[[str], None] = lambda phase: None,
@@ -48,23 +51,33 @@ def load_model(
 
     `dtype` "auto" is the device's choice for the checkpoint's. `load_format` "dummy" reads
     config.json only and fills the weights from `seed`. `context`: the longest context that will be
-    served; the model's own if None. `hf_overrides` are merged into config.json;
+    served; the model's own if None. `hf_overrides` are merged into config.json; `model_impl`:
+    "native", "transformers" (see `fallback`), or "auto", the first where there is one;
+    `architecture_file` adds native ones (`custom`);
     `generation_source` and `generation_override` say where the end tokens come from
     (`generation_config.read`). `on_progress` gets phases for people. Raises StartupError for
     everything that can be wrong with a checkpoint.
     """
-    config = config_json.read(directory, hf_overrides)
-    spec = spec_of(config)
+    if architecture_file is not None:
+        names = run_architecture_file(Path(architecture_file))
+        on_progress(f"{architecture_file} was run and adds {', '.join(names)}")
+    config = config_json.plain(directory, hf_overrides)
     wanted = pick_dtype(dtype, config, device)
-    source: Source
-    if load_format == "dummy":
-        on_progress("filling weights with random numbers")
-        source = Dummy(seed, device.torch)
+    native = model_impl == "native" or architecture(config) in supported()
+    spec: ModelShape
+    decoder: Model
+    if native and model_impl != "transformers":
+        config = config_json.complete(config)
+        spec = spec_of(config)
+        limit = context_limit(spec, context)
+        source = weights(directory, spec, load_format, seed, device, on_progress)
+        decoder = assemble(spec, source, device=device, dtype=wanted, context=limit)
     else:
-        on_progress("loading weights")
-        source = Checkpoint(directory, spec, on_progress)
-    limit = context_limit(spec, context)
-    decoder = assemble(spec, source, device=device, dtype=wanted, context=limit)
+        from pagedserve.models.fallback_load import Asked, load_fallback  # transformers is slow
+
+        asked = Asked(directory, wanted, device, load_format, seed, context)
+        decoder = load_fallback(config, asked, on_progress)
+        spec, limit = decoder.spec, context_limit(decoder.spec, context)
     generation = generation_config.read(
         directory, config, source=generation_source, override=generation_override
     )
@@ -79,7 +92,23 @@ def load_model(
     )
 
 
-def context_limit(spec: DecoderSpec, asked: int | None) -> int:
+def weights(
+    directory: Path,
+    spec: DecoderSpec,
+    load_format: str,
+    seed: int,
+    device: Device,
+    on_progress: Callable[[str], None],
+) -> Source:
+    """Where the decoder's weights come from."""
+    if load_format == "dummy":
+        on_progress("filling weights with random numbers")
+        return Dummy(seed, device.torch)
+    on_progress("loading weights")
+    return Checkpoint(directory, spec, on_progress)
+
+
+def context_limit(spec: ModelShape, asked: int | None) -> int:
     """The context in tokens. Raises StartupError where more is asked for than the model can do."""
     allowed = spec.stretched_positions or spec.max_positions
     if asked is not None and asked > allowed:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pagedserve.errors import StartupError
-from pagedserve.spec import Attn, DecoderSpec
+from pagedserve.spec import Attn, ModelShape
 
 ALIGNMENT = 16  # bytes: what the widest loads of a GPU ask of an address
 
@@ -37,13 +37,13 @@ def block_elements(cached: list[Attn], block_size: int, dtype: torch.dtype) -> i
     return -(-used // unit) * unit
 
 
-def block_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(spec: ModelShape, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""
     return block_elements(spec.cached(), block_size, dtype) * dtype.itemsize
 
 
 def allocate(
-    spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    spec: ModelShape, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """A view [num_blocks, 1 or 2, block_size, num_kv_heads, head_dim] per layer, of one tensor.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pagedserve.config import CacheConfig
 from pagedserve.errors import StartupError
-from pagedserve.spec import Attn, DecoderSpec, Layer, Mla, Mlp, Moe
+from pagedserve.spec import Attn, Layer, Mla, Mlp, ModelShape, Moe
 
 CPU_CACHE_SHARE = 0.25  # of the memory that is free: the machine is rarely ours alone
 CPU_CACHE_BYTES = 4 << 30
@@ -27,7 +27,7 @@ class Limits:
     max_model_len: int
 
 
-def workspace_bytes(spec: DecoderSpec, limits: Limits, itemsize: int) -> int:
+def workspace_bytes(spec: ModelShape, limits: Limits, itemsize: int) -> int:
     """Upper estimate of what one step allocates beside weights and cache.
 
     Activations: a handful of [tokens, hidden] and the widest layer's own are alive at a time.
