@@ -127,5 +127,7 @@ public:
     }
 };
 
-// `flops`: the work of all tasks together. Little work is done by the caller alone.
+constexpr double WORTH_A_THREAD = 2e7;  // flops; about 0.3 ms of one core
+
+// `flops`: the work of all tasks together. Less than WORTH_A_THREAD is done by the caller alone.
 void parallel(int64_t tasks, int threads, double flops, const std::function<void(int64_t)> &task);

@@ -331,8 +331,8 @@ struct Task {
     int64_t row, first, count, begin, end;
 };
 
-// Some queries of a row each; some heads only where there are fewer such than threads.
-static std::vector<Task> divide(const Arguments &it, int64_t rows, int threads) {
+// Some queries of a row each; of much work, some heads only where there are fewer such than threads.
+static std::vector<Task> divide(const Arguments &it, int64_t rows, int threads, double flops) {
     std::vector<Task> tasks, parts;
     for (int64_t row = 0; row < rows; row++) {
         int64_t queries = it.query_start_loc[row + 1] - it.query_start_loc[row];
@@ -340,7 +340,7 @@ static std::vector<Task> divide(const Arguments &it, int64_t rows, int threads) 
             tasks.push_back({row, first, std::min(QUERIES, queries - first), 0, it.heads});
     }
     int64_t count = tasks.size();
-    if (!count || count >= threads) return tasks;
+    if (!count || count >= threads || flops < WORTH_A_THREAD) return tasks;
     int64_t unit = std::min<int64_t>(it.heads / it.kv_heads, KEY_SHARERS);
     int64_t wanted = (threads + count - 1) / count, step = (it.heads + wanted - 1) / wanted;
     step = (step + unit - 1) / unit * unit;
@@ -377,9 +377,10 @@ extern "C" void paged_attention(const float *q, int64_t q_stride, const float *k
     Arguments it{q, kv, slopes, sinks, out, block_tables, seq_lens, query_start_loc, q_stride,
                  table_stride, block_stride, part_stride, heads, kv_heads, size, value_size,
                  block_size, window, chunk, scale, softcap};
-    std::vector<Task> tasks = divide(it, rows, threads);
+    double work = flops(it, rows);
+    std::vector<Task> tasks = divide(it, rows, threads, work);
     auto run = [&](auto size) {
-        parallel(tasks.size(), threads, flops(it, rows), [&](int64_t i) {
+        parallel(tasks.size(), threads, work, [&](int64_t i) {
             const Task &task = tasks[i];
             PagedAttention<decltype(size)::value>(it, task.begin, task.end).queries(
                 task.row, task.first, task.count);

@@ -123,18 +123,21 @@ class Kernels:
     def kv_write(self, kv: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor | None) -> None:
         """`reference.kv_write`. k, v: any stride between tokens; a block's keys are contiguous."""
         tokens, heads, size = k.shape
-        check(kv, k)
-        assert slot_mapping.shape == (tokens,) and heads_follow(k)
-        assert kv.shape[3:] == (heads, size) and kv.stride()[2:] == (heads * size, size, 1)
+        values, values_stride = None, 0
+        if v is None:
+            check(kv, k)
+        else:
+            check(kv, k, v)
+            assert v.shape == k.shape and heads_follow(v.stride(), v.shape)
+            values, values_stride = v.data_ptr(), v.stride(0)
+        assert slot_mapping.shape == (tokens,) and heads_follow(k.stride(), k.shape)
+        assert kv.shape[3:] == (heads, size) and kv.shape[1] == (1 if v is None else 2)
+        block_stride, part_stride, *strides = kv.stride()
+        assert strides == [heads * size, size, 1]
         assert slot_mapping.dtype == torch.int64 and slot_mapping.is_contiguous()
-        assert kv.shape[1] == (1 if v is None else 2)
-        if v is not None:
-            check(v)
-            assert v.shape == k.shape and heads_follow(v)
         self.native.kv_write(
-            k.data_ptr(), k.stride(0),
-            None if v is None else v.data_ptr(), 0 if v is None else v.stride(0),
-            kv.data_ptr(), kv.stride(0), kv.stride(1),
+            k.data_ptr(), k.stride(0), values, values_stride,
+            kv.data_ptr(), block_stride, part_stride,
             slot_mapping.data_ptr(), tokens, heads * size, kv.shape[2],
         )  # fmt: skip
 
@@ -158,23 +161,28 @@ class Kernels:
         contiguous.
         """
         tokens, heads, size = q.shape
-        _, parts, block_size, kv_heads, _ = kv.shape
+        _, parts, block_size, kv_heads, key_size = kv.shape
+        block_stride, part_stride, *strides = kv.stride()
         check(q, kv)
-        assert heads_follow(q) and heads % kv_heads == 0 and kv.shape[4] == size
-        assert kv.stride()[2:] == (kv_heads * size, size, 1)
-        assert parts == (2 if values_in_keys is None else 1)
-        assert values_in_keys is None or 0 < values_in_keys <= size
+        assert heads_follow(q.stride(), q.shape) and heads % kv_heads == 0 and key_size == size
+        assert strides == [kv_heads * size, size, 1]
+        value_size = size
+        if values_in_keys is None:
+            assert parts == 2
+        else:
+            assert parts == 1 and 0 < values_in_keys <= size
+            value_size, part_stride = values_in_keys, 0
         assert window is None or window > 0
         assert chunk is None or chunk > 0
         assert softcap is None or softcap > 0
-        value_size = values_in_keys or size
         out = q.new_empty((tokens, heads, value_size))
         self.native.paged_attention(
-            q.data_ptr(), q.stride(0),
-            kv.data_ptr(), kv.stride(0), 0 if values_in_keys else kv.stride(1),
+            q.data_ptr(), q.stride(0), kv.data_ptr(), block_stride, part_stride,
             *rows.arguments, out.data_ptr(), heads, kv_heads, size, value_size, block_size,
             window or 0, chunk or 0, scale, softcap or 0.0,
-            per_head(slopes, heads), per_head(sinks, heads), self.threads,
+            None if slopes is None else per_head(slopes, heads),
+            None if sinks is None else per_head(sinks, heads),
+            self.threads,
         )  # fmt: skip
         return out
 
@@ -240,15 +248,13 @@ def gated(native: Callable[[int, int, int, int], None], x: Tensor) -> Tensor:
     return y
 
 
-def heads_follow(x: Tensor) -> bool:
-    """Whether the heads of each token of x, [T, heads, size], lie one after the other."""
-    return x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
+def heads_follow(stride: tuple[int, ...], shape: torch.Size) -> bool:
+    """Whether the heads of each token of a tensor [T, heads, size] lie one after the other."""
+    return stride[1:] == (shape[2], 1) or (shape[1] == 1 and stride[2] == 1)
 
 
-def per_head(values: Tensor | None, heads: int) -> int | None:
+def per_head(values: Tensor, heads: int) -> int:
     """Where one number for each head lies."""
-    if values is None:
-        return None
     check(values)
     assert values.shape == (heads,) and values.is_contiguous()
     return values.data_ptr()
