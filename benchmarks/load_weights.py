@@ -2,8 +2,8 @@
 
 Writes a file of random matrices, then reads it in fresh processes, taking turns, from a page cache
 that the writing has warmed; each copies every tensor into memory of its own in the wanted dtype, on
-one thread. Reported is the best of the runs, and the peak of resident memory over what was resident
-before, in MiB, beside the size of the weights as they are kept.
+one thread. Reported is the best of the runs, by the clock and in seconds of the processor, and the
+peak of resident memory over what was resident before, in MiB, beside the size of what is kept.
 
     python benchmarks/load_weights.py [--mb 1024] [--runs 5] [--dir DIR]
 """
@@ -29,7 +29,6 @@ ROWS, COLUMNS = 2048, 4096
 READ = """
 import sys, time, torch
 from pathlib import Path
-from types import SimpleNamespace
 torch.set_num_threads(1)
 how, directory, dtype = sys.argv[1], Path(sys.argv[2]), getattr(torch, sys.argv[3])
 
@@ -38,11 +37,13 @@ def resident(field):
 
 if how == "ours":
     from pagedserve.models.weights import Checkpoint
+    from pagedserve.spec import DecoderSpec, Norm
 else:
     from safetensors import safe_open
-before, begun, kept = resident("VmRSS"), time.perf_counter(), []
+before, kept = resident("VmRSS"), []
+begun, busy = time.perf_counter(), time.process_time()
 if how == "ours":
-    spec = SimpleNamespace(prefix="", ignored=())
+    spec = DecoderSpec(1, 1, 1, (), Norm(), {})
     source = Checkpoint(directory, spec, lambda phase: None)
     for name in list(source.tensors):
         kept.append(torch.empty(source.shape(name), dtype=dtype))
@@ -54,7 +55,8 @@ else:
         tensor = file.get_tensor(name)
         kept.append(torch.empty(tensor.shape, dtype=dtype))
         kept[-1].copy_(tensor)
-print(time.perf_counter() - begun, resident("VmHWM") - before, sum(t.nbytes for t in kept) >> 20)
+wall, cpu = time.perf_counter() - begun, time.process_time() - busy
+print(wall, cpu, resident("VmHWM") - before, sum(t.nbytes for t in kept) >> 20)
 """
 
 
@@ -76,13 +78,14 @@ def main() -> None:
             for _ in range(args.runs):
                 for how, found in runs.items():
                     command = [sys.executable, "-c", READ, how, directory, wanted]
-                    run = subprocess.run(command, capture_output=True, text=True, check=True)
+                    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                     found.append([float(word) for word in run.stdout.split()])
         figures[f"{stored} to {wanted}"] = {
             how: {
                 "seconds": round(min(run[0] for run in found), 3),
-                "peak_mib": max(run[1] for run in found),
-                "weights_mib": found[0][2],
+                "cpu_seconds": round(min(run[1] for run in found), 3),
+                "peak_mib": max(run[2] for run in found),
+                "weights_mib": found[0][3],
             }
             for how, found in runs.items()
         }

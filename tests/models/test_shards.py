@@ -172,14 +172,14 @@ def test_reading_holds_the_weights_once_in_memory(tmp_path: Path) -> None:
     code = f"""
 import torch
 from pathlib import Path
-from types import SimpleNamespace
 from pagedserve.models.weights import Checkpoint
+from pagedserve.spec import DecoderSpec, Norm
 
 def resident(field):
     status = Path("/proc/self/status").read_text()
     return int(status.split(field + ":")[1].split()[0]) >> 10
 
-spec = SimpleNamespace(prefix="", ignored=())
+spec = DecoderSpec(1, 1, 1, (), Norm(), {{}})
 source, kept, before = Checkpoint(Path({str(tmp_path)!r}), spec, print), [], resident("VmRSS")
 for name in sorted(source.used):
     same = torch.bfloat16 if int(name[1:]) % 2 else torch.float16

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,14 +286,15 @@ def test_packed_integers_are_read_as_they_are(llama: Path) -> None:
 def test_what_is_ignored_is_said_unless_everybody_knows_it(
     llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = SimpleNamespace(prefix="model.", ignored=(r"inv_freq", r"^mtp\."))
+    plain = spec_of(config_json.read(llama))
+    spec = dataclasses.replace(plain, ignored=(r"inv_freq", r"^mtp\."))
     caplog.set_level(logging.INFO, "pagedserve")
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
     rewrite(llama, {**tensors_of(llama), **frequencies})
-    Checkpoint(llama, spec, lambda phase: None)  # type: ignore[arg-type]
+    Checkpoint(llama, spec, lambda phase: None)
     assert not caplog.records
     rewrite(llama, {**tensors_of(llama), **frequencies, "mtp.0.weight": torch.zeros(3)})
-    source = Checkpoint(llama, spec, lambda phase: None)  # type: ignore[arg-type]
+    source = Checkpoint(llama, spec, lambda phase: None)
     (record,) = caplog.records
     assert "2 tensors are not used" in record.message and "mtp.0.weight" in record.message
     assert not source.has("mtp.0.weight") and source.shape("mtp.0.weight") is None
