@@ -185,6 +185,7 @@ def test_a_published_config_is_read_as_transformers_does(name: str) -> None:
         ("mpt-7b", {"norm_type": "rmsnorm"}),
         ("mpt-7b", {"attn_config": {"prefix_lm": True}}),
         ("mpt-7b", {"attn_config": {"rope": True}}),
+        ("mpt-7b", {"attn_config": {"qk_ln": True, "clip_qkv": 6}}),
         ("mpt-7b", {"attn_config": {"attn_type": "other"}}),
     ),
 )

@@ -52,6 +52,8 @@ def mpt(c: Config) -> DecoderSpec:
 def attention(c: Config, hidden: int, options: dict[str, Any], norm: Norm) -> Attn:
     """Of `attn_config`."""
     refuse(options, "prefix_lm", "rope", "qk_gn")
+    if options.get("qk_ln") and options.get("clip_qkv"):  # it bounds before it normalises
+        raise StartupError("config.json: qk_ln together with clip_qkv is not supported")
     kind, heads = options.get("attn_type", "multihead_attention"), c["n_heads"]
     kv_heads = {
         "multihead_attention": heads,
