@@ -3,6 +3,7 @@
     tokenizer.json              the library's own file: read as it is
     tokenizer.model             sentencepiece_model.py, or ranks.py by its content
     *.tiktoken, tiktoken.model  ranks.py
+    tekken.json                 tekken.py
     vocab.json, merges.txt      byte_level.py
 
 Some checkpoints leave to their code what no file says: whether a text begins with a token, how it
@@ -31,7 +32,7 @@ from tokenizers import Tokenizer as Backend
 
 from pagedserve.errors import StartupError
 from pagedserve.text.files import read_config
-from pagedserve.text.formats import byte_level, ranks, sentencepiece_model
+from pagedserve.text.formats import byte_level, ranks, sentencepiece_model, tekken
 from pagedserve.text.formats.vocabulary import with_class_specials
 
 MODEL_FILES = ("tokenizer.model", "spiece.model")
@@ -90,10 +91,12 @@ def build(directory: Path, config: Config) -> tuple[Backend, Config]:
     for file in sorted(directory.glob("*.tiktoken")) + [directory / "tiktoken.model"]:
         if file.is_file():
             return ranks.load(file, config)
+    if (directory / tekken.FILE).is_file():
+        return tekken.load(directory / tekken.FILE, config)
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         return byte_level.load(directory, config)
     raise StartupError(
         f"there is no tokenizer in {directory}: no tokenizer.json, no tokenizer.model, "
-        "no *.tiktoken, no vocab.json with merges.txt; give another directory or hub id with "
-        "--tokenizer"
+        "no *.tiktoken, no tekken.json, no vocab.json with merges.txt; give another directory or "
+        "hub id with --tokenizer"
     )

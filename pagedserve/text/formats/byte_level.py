@@ -48,15 +48,17 @@ def build(
     config: dict[str, Any],
     *,
     whole_pieces: bool = False,
+    add_bos: bool = False,
 ) -> tuple[Backend, dict[str, Any]]:
     """A byte-level tokenizer, and its settings.
 
-    `whole_pieces`: a piece that is a token needs no merges. Raises StartupError, naming `file`,
-    where bytes or the parts of merges have no token.
+    `whole_pieces`: a piece that is a token needs no merges, and every byte is one. `add_bos`: see
+    `surround`. Raises StartupError, naming `file`, where bytes or the parts of merges have no
+    token.
     """
     place_added(vocabulary, config)
     config = with_class_specials(config, vocabulary)
-    unknown = named_specials(config).get("unk_token")
+    unknown = None if whole_pieces else named_specials(config).get("unk_token")
     missing = [byte for char, byte in byte_alphabet().items() if char not in vocabulary]
     if missing and unknown is None:
         raise StartupError(
@@ -80,7 +82,7 @@ def build(
         config.get("split_pattern"), add_prefix_space=bool(config.get("add_prefix_space", False))
     )
     backend.decoder = decoders.ByteLevel()
-    surround(backend, config, add_bos=False)
+    surround(backend, config, add_bos=add_bos)
     return backend, config
 
 

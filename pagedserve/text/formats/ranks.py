@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,34 @@ def load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
             "tokenizer.json of this model with --tokenizer"
         )
     ranks = read(file)
-    spell = {byte: char for char, byte in byte_alphabet().items()}
-    vocabulary = {"".join(map(spell.__getitem__, token)): rank for token, rank in ranks.items()}
     tail = tail_tokens(max(ranks.values(), default=-1) + 1, config)
+    return build(file, ranks, config, tail=tail)
+
+
+def build(
+    file: Path,
+    ranks: dict[bytes, int],
+    config: dict[str, Any],
+    *,
+    tail: Iterable[str] = (),
+    first: Sequence[str] = (),
+    add_bos: bool = False,
+) -> tuple[Backend, dict[str, Any]]:
+    """The tokenizer of `ranks`, and its settings.
+
+    Special tokens stand in `first`, before the ranks, which begin behind them, or in the `tail`.
+    Raises StartupError naming `file`.
+    """
+    spell = {byte: char for char, byte in byte_alphabet().items()}
+    spelled = {token: "".join(map(spell.__getitem__, token)) for token in ranks}
+    vocabulary = {text: id for id, text in enumerate(first)}
+    vocabulary |= {spelled[token]: len(first) + rank for token, rank in ranks.items()}
     place_tail(vocabulary, tail)
-    merges = [
-        ("".join(map(spell.__getitem__, left)), "".join(map(spell.__getitem__, right)))
-        for left, right in pairs(ranks)
-    ]
-    backend, config = byte_level.build(file, vocabulary, merges, config, whole_pieces=True)
-    add_specials(backend, tail)
+    merges = [(spelled[left], spelled[right]) for left, right in pairs(ranks)]
+    backend, config = byte_level.build(
+        file, vocabulary, merges, config, whole_pieces=True, add_bos=add_bos
+    )
+    add_specials(backend, [*first, *tail])
     return backend, config
 
 
