@@ -1,6 +1,8 @@
 """Kernels on one GPU, timed as CUDA graph replays: microseconds, and the share of the roofline.
 
-    python benchmarks/kernels.py [attention …] [--quick] [--sweep] [--out FILE]
+    python benchmarks/kernels.py [PART …] [--quick] [--sweep] [--out FILE]
+
+Parts: attention, products, small, sampler, mixture; none is all.
 
 Prints a table to stderr and one JSON line. --sweep also times other constants than the kernels
 choose; --quick takes the first case of each table. Needs torch, triton and an NVIDIA GPU only.
@@ -16,7 +18,13 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-PARTS = {"attention": "_attention"}  # name → module beside this one, with `run`
+PARTS = {  # name → module beside this one, with `run`
+    "attention": "_attention",
+    "products": "_products",
+    "small": "_small",
+    "sampler": "_sampler",
+    "mixture": "_mixture",
+}
 
 
 def main() -> None:

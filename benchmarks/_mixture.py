@@ -1,0 +1,64 @@
+"""Mixture of experts, Qwen3-30B-A3B's layer: routing to sum, by tokens, against grouped products.
+
+`floor`: the weights of the experts that were chosen, read once, or the operations at 790 TFLOP/s.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from _graphs import microseconds, read_terabytes_per_second, show
+from torch import Tensor
+
+from pagedserve.kernels import activation, moe
+from pagedserve.kernels.experts import ExpertWeights, GroupedExperts
+
+EXPERTS, TOP_K, SIZE, HIDDEN = 128, 8, 768, 2048
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 2048, 8192)
+COPIES = 3
+FLOPS = 790e12
+
+
+def run(*, quick: bool, sweep: bool) -> dict[str, Any]:
+    """Microseconds of a layer's experts."""
+    rate = read_terabytes_per_second()
+    found: dict[str, Any] = {"read_tb_per_s": round(rate, 3)}
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, device="cuda").mul_(scale).bfloat16()
+
+    ups = [random(EXPERTS, 2 * SIZE, HIDDEN, scale=0.02) for _ in range(COPIES)]
+    downs = [random(EXPERTS, HIDDEN, SIZE, scale=0.02) for _ in range(COPIES)]
+    layers = [moe.GpuExperts.of(up, down) for up, down in zip(ups, downs, strict=True)]
+    grouped = [
+        GroupedExperts(ExpertWeights(up, down, None, None, activation.silu_and_mul))
+        for up, down in zip(ups, downs, strict=True)
+    ]
+    routing = moe.Routing(TOP_K)
+    for tokens in TOKENS[:2] if quick else TOKENS:
+        x, residual = random(tokens, HIDDEN), random(tokens, HIDDEN)
+        logits = torch.randn(tokens, EXPERTS, device="cuda")
+        weights, chosen = moe.route(logits, routing)
+        read = len(chosen.unique()) * SIZE * HIDDEN * 3 * 2 + tokens * HIDDEN * 2 * 3
+        operations = tokens * TOP_K * SIZE * HIDDEN * 3 * 2
+        floor = max(read / rate / 1e6, operations / FLOPS * 1e6)
+        entry: dict[str, Any] = {"floor": round(floor, 1)}
+        limits = (0, 1 << 30) if tokens * TOP_K <= 256 and sweep else (moe.ALONE_CHOICES,)
+        for limit in limits:
+            kept, moe.ALONE_CHOICES = moe.ALONE_CHOICES, limit
+            time = microseconds(
+                [partial(e.mixture, x, logits, routing, residual=residual) for e in layers]
+            )
+            moe.ALONE_CHOICES = kept
+            name = "ours" if len(limits) == 1 else "alone" if limit else "grouped"
+            entry[name] = round(time, 1)
+        ids = chosen.long()
+        entry["torch"] = round(
+            microseconds([partial(g.apply, x, weights, ids, on_input=False) for g in grouped]), 1
+        )
+        entry["route"] = round(microseconds([partial(moe.route, logits, routing)] * 10), 1)
+        found[str(tokens)] = entry
+        show(f"mixture {tokens:5d} {entry}")
+    return found

@@ -1,0 +1,123 @@
+"""Finds the fastest kernel for a product by trying, and keeps what it found on disk.
+
+    measure(products) ── candidates of each, timed as graph replays over rotating weights ──▶ Table
+
+Takes a few seconds a matrix, most of them compiling. What it finds holds for one GPU and one
+version of Triton; `dispatch.by_rule` is what everybody else uses.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pagedserve.kernels import dispatch, gpu, launch
+from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, SplitK, Table
+from pagedserve.kernels.gpu_matrix import GpuMatrix
+from pagedserve.kernels.split_k import MAX_PROGRAMS, MAX_ROWS, Scratch
+
+log = logging.getLogger("pagedserve")
+
+ROTATED_BYTES = 256 << 20  # several times the L2 cache
+MAX_COPIES = 64
+REPLAYS = 7
+SLACK = 0.98  # a finding that is hardly faster than the rule's choice is noise
+
+
+def candidates(product: Product, table: Table) -> list[Choice]:
+    """All that could be the fastest for it."""
+    rows, columns = product.rows, product.columns
+    if columns % 8 or rows > MAX_ROWS:
+        return [Library()]
+    found: list[Choice] = [Library()]
+    if rows <= dispatch.GEMV_ROWS:
+        lines = 2 if product.gated else 1
+        for block_k in (512, 1024, 2048, 4096):
+            for block_n in (1, 2, 4):
+                sums = rows * lines * block_n * block_k // (32 * min(4, block_k // 256))
+                if block_k <= columns and 16 <= sums <= 64:
+                    found.append(Gemv(block_n, block_k, min(4, block_k // 256)))
+    if rows >= 2:
+        blocks = -(-product.size // 64)
+        usual = dispatch.shares(product, table.processors)
+        for parts in sorted({1, max(1, usual // 2), usual, min(2 * usual, 16)}):
+            if blocks * parts <= MAX_PROGRAMS or parts == 1:
+                for stages in (3, 4) if product.gated else (3, 4, 5):
+                    if table.capability >= 90 or stages == 3:
+                        found.append(SplitK(parts, num_stages=stages))
+    return found
+
+
+def measure(products: Iterable[Product], device: torch.device, cache: Path) -> Table:
+    """Try all candidates for each, in bfloat16; save and return what won."""
+    index = device.index or 0
+    identity = gpu.identity(device)
+    path = cache / gpu.TABLE
+    table = Table(
+        launch.processors(index), launch.capability(index), dispatch.findings(path, identity)
+    )
+    scratch = Scratch.on(device)
+    for product in dict.fromkeys(products):
+        rule = dispatch.by_rule(product, table.processors, table.capability)
+        times = {
+            choice: timed(product, choice, scratch, table)
+            for choice in [rule, *(c for c in candidates(product, table) if c != rule)]
+        }
+        best = min(times, key=lambda choice: times[choice])
+        if times[best] > SLACK * times[rule]:
+            best = rule
+        table.findings[product.key] = best
+        log.info("%s: %s, %.1f µs (rule %.1f)", product.key, best, times[best], times[rule])
+    dispatch.save(table, path, identity)
+    return table
+
+
+def timed(product: Product, choice: Choice, scratch: Scratch, table: Table) -> float:
+    """Microseconds of one product, infinite where the GPU cannot run it."""
+    size = product.size * (2 if product.gated else 1)
+    copies = max(2, min(MAX_COPIES, ROTATED_BYTES // (size * product.columns * 2)))
+    forced = Table(table.processors, table.capability, {product.key: choice})
+    device = scratch.part.device
+    x = torch.randn((product.rows, product.columns), device=device).bfloat16()
+    matrices = [
+        GpuMatrix(random_weight(size, product.columns, device), scratch, forced)
+        for _ in range(copies)
+    ]
+    gated = "silu" if product.gated else None
+    # Launches that read weights early must find them written.
+    torch.cuda.synchronize(device)
+    try:
+        return replayed([lambda m=m: m.fused(x, gated=gated) for m in matrices])  # type: ignore[misc]
+    except Exception as reason:  # whatever a compiler or a driver raises, the others still count
+        log.warning("%s with %s: %s", product.key, choice, reason)
+        return float("inf")
+
+
+def random_weight(size: int, columns: int, device: torch.device) -> Tensor:
+    """Not zeros: those take less power, and are faster."""
+    return torch.randn((size, columns), device=device).mul_(0.02).bfloat16()
+
+
+def replayed(launches: list[Callable[[], object]]) -> float:
+    """Median microseconds of one, all in a graph."""
+    launches[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for one in launches:
+            one()
+    graph.replay()
+    times: list[float] = []
+    for _ in range(REPLAYS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(launches))
+    return statistics.median(times)

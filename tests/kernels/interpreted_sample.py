@@ -1,0 +1,48 @@
+"""Sampling in Triton's interpreter: the same tokens as by sorting, every path small enough."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pagedserve.kernels import logprobs_gpu, sample_gpu
+from tests.kernels.sampling import check_logprobs, check_sampling
+
+CPU = torch.device("cpu")
+SMALL = {"TILE": 64, "GROUP": 8, "CANDIDATES": 32, "GATHERED": 2, "PAIRS": 4, "SCAN": 32}
+SMALLER = {"MOST_GROUPS": 16, "NUCLEUS_GROUPS": 8, "SEEN": 16, "SPARSE": 4}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few dozen tokens are many tiles and groups, and more candidates than there is room for."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(sample_gpu, name, value)
+        monkeypatch.setattr(logprobs_gpu, name, value)
+    for name, value in SMALLER.items():
+        monkeypatch.setattr(sample_gpu, name, value)
+
+
+@pytest.mark.parametrize("vocab", (7, 64, 130, 257))
+@pytest.mark.parametrize("spread", (0.1, 3.0))
+def test_the_tokens_of_a_sort(vocab: int, spread: float) -> None:
+    assert check_sampling(CPU, vocab, spread=spread, dtype=torch.float32, processed=False) == 0
+
+
+def test_ties_go_to_the_lower_token() -> None:
+    assert check_sampling(CPU, 200, spread=1.0, dtype=torch.bfloat16, processed=False) == 0
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_penalties_masks_biases_and_bans(masked: bool) -> None:
+    how = {"spread": 2.0, "dtype": torch.float32, "processed": True, "masked": masked}
+    assert check_sampling(CPU, 150, **how) == 0
+
+
+@pytest.mark.parametrize("kind", ("spread", "rounded", "flat", "few"))
+def test_logprobs(kind: str) -> None:
+    check_logprobs(CPU, 130, kind)
+
+
+def test_logprobs_of_fewer_tokens_than_are_wanted() -> None:
+    check_logprobs(CPU, 7, "spread")

@@ -1,0 +1,70 @@
+"""The table of kernels: rules for every shape, findings on disk for one GPU and one version."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pagedserve.kernels import dispatch
+from pagedserve.kernels.dispatch import Gemv, Library, Product, SplitK, Table, by_rule
+
+IDENTITY = {"gpu": "one", "triton": "3.6.0"}
+
+
+def test_few_rows_take_gemv_some_split_k_and_many_the_library() -> None:
+    kinds = [by_rule(Product(rows, 4096, 4096), 132, 90).kind for rows in (1, 4, 8, 32, 64, 128)]
+    assert kinds == ["gemv", "gemv", "split_k", "split_k", "library", "library"]
+
+
+def test_a_row_that_is_no_multiple_of_16_bytes_is_the_library_s() -> None:
+    assert by_rule(Product(1, 64, 100), 132, 90) == Library()
+
+
+@pytest.mark.parametrize("columns", (8, 512, 1000, 4096, 14336))
+@pytest.mark.parametrize("rows", (1, 2, 4))
+@pytest.mark.parametrize("gated", (False, True))
+def test_a_gemv_s_threads_load_16_bytes_and_hold_at_most_64_sums(
+    rows: int, columns: int, gated: bool
+) -> None:
+    choice = by_rule(Product(rows, 1000, columns, gated), 132, 90)
+    assert isinstance(choice, Gemv)
+    assert choice.block_k >= 256 * choice.num_warps
+    sums = rows * choice.block_n * choice.block_k * (2 if gated else 1)
+    assert sums <= 64 * 32 * choice.num_warps
+
+
+def test_shares_fill_the_gpu_and_leave_each_two_steps() -> None:
+    assert dispatch.shares(Product(8, 4096, 4096), 132) == 4
+    assert dispatch.shares(Product(8, 1024, 512), 132) == 2
+    assert dispatch.shares(Product(8, 100000, 4096), 132) == 1
+
+
+def test_findings_come_back_from_disk_and_win_over_the_rules(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "table.json"
+    product = Product(8, 4096, 1024, True)
+    found = {product.key: SplitK(3, num_stages=5), "1x2x3": Gemv(1, 512, 2), "4x5x6": Library()}
+    dispatch.save(Table(132, 90, dict(found)), path, IDENTITY)
+    read = dispatch.findings(path, IDENTITY)
+    assert read == found
+    assert Table(132, 90, read).choose(product) == SplitK(3, num_stages=5)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_findings_of_another_gpu_or_none_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    assert dispatch.findings(path, IDENTITY) == {}
+    dispatch.save(Table(132, 90, {"1x2x3": Library()}), path, IDENTITY)
+    assert dispatch.findings(path, IDENTITY | {"gpu": "another"}) == {}
+
+
+@pytest.mark.parametrize("text", ("", "[]", '{"format": 1}', '{"format": 1, "identity": {}}'))
+def test_a_file_that_is_no_table_is_said_and_not_used(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING, "pagedserve"):
+        assert dispatch.findings(path, {}) == {}
+    assert str(path) in caplog.text
