@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from pagedserve.text.chat import NO_TEMPLATE, ChatTemplate, check_messages
 from pagedserve.text.deltas import Delta, TextStream
 from pagedserve.text.outputs import PositionTable, RequestOutput, completion, tables
 from pagedserve.text.tokenizer import Tokenizer
+
+log = logging.getLogger("pagedserve")
 
 Prompt = str | Mapping[str, Any]
 TELL_SECONDS = 5.0  # between two lines of a download
@@ -114,6 +117,7 @@ class LLM:
         # For scripts that just end: no process may stay behind. In a fork, where this runs as
         # well, `close` leaves the engine alone.
         weakref.finalize(self, self._client.close, 0.1)
+        self._quiet = on_progress is None  # nobody shows `notes`
         if on_progress is not None:
             self._client.on_progress = reporter(on_progress)
             self._downloading = now_and_then(on_progress)
@@ -128,6 +132,8 @@ class LLM:
         self._client.configure(self.config.to_builtins() | text.engine_options())
         self._tokenizer, self._template = text.tokenizer, text.template
         self.generation, self.notes = text.generation, text.lines()
+        if self._quiet and (unapplied := self.generation.unapplied()):
+            log.warning("%s", unapplied)
         while self._client.ready is None:
             self._client.poll(None)
             if self._client.cause_of_death is not None:

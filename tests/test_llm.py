@@ -90,6 +90,19 @@ def test_parameters_left_out_are_the_models_own_as_far_as_they_fit(tmp_path: Pat
         assert llm.get_default_sampling_params() == SamplingParams()
 
 
+def test_what_is_not_applied_is_a_warning_unless_the_caller_shows_notes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = write_checkpoint(tmp_path, byte_level())
+    (directory / "generation_config.json").write_text('{"num_beams": 4}')
+    line = "not applied from generation_config.json: num_beams 4"
+    with LLM(directory) as llm:
+        assert (caplog.messages, llm.notes) == ([line], [line])
+    caplog.clear()
+    with LLM(directory, on_progress=lambda phase, seconds: None) as llm:
+        assert (caplog.messages, llm.notes) == ([], [line])
+
+
 def test_logprobs_are_tables_by_token_id(llm: LLM) -> None:
     params = SamplingParams(max_tokens=3, logprobs=2, prompt_logprobs=1)
     (output,) = llm.generate("hello", params)

@@ -183,7 +183,7 @@ class Service:
         """Raise ContextLengthExceeded where one of `texts` cannot fit, before any is tokenised."""
         ready, tokenizer = self.check_available(), self.tokenizer
         assert tokenizer is not None
-        # Twice, because a normaliser may shorten text; nothing in use shortens it more.
+        # Twice, because a normaliser may shorten text; only long runs of spaces it shortens more.
         most_chars = 2 * tokenizer.longest_token * ready.max_model_len
         longest = max(map(len, texts), default=0)
         if longest > most_chars:

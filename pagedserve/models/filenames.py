@@ -19,7 +19,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth")
 NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state|random_states")
 # Config, tokenizer and chat template; nothing in a subdirectory.
 SMALL = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "merges.txt", "vocab.*")
-TOKENIZER = ("tokenizer.json", "*.model", "*.model.v*", "*.tiktoken", "vocab.*")
+TOKENIZER = ("tokenizer.json", "tekken.json", "*.model", "*.model.v*", "*.tiktoken", "vocab.*")
 NOT_NEEDED = ("*.bin.index.json", "model.*.index.json", "trainer_state.json", "*_results.json")
 NAMES_SHOWN = 8
 

@@ -124,9 +124,13 @@ class GenerationConfig:
         lines = []
         if self.defaults:
             lines.append(f"sampling defaults: {listed(self.defaults)} ({self.source})")
-        if self.not_applied:
-            lines.append(f"not applied from {self.source}: {listed(self.not_applied)}")
-        return lines
+        return lines + [line for line in [self.unapplied()] if line]
+
+    def unapplied(self) -> str:
+        """A line for people on what is not applied; empty where all is."""
+        if not self.not_applied:
+            return ""
+        return f"not applied from {self.source}: {listed(self.not_applied)}"
 
 
 def read(
