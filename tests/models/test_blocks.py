@@ -24,8 +24,10 @@ class Matrix:
 
     weight: Tensor
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, forward: Any = None) -> Tensor:
-        y = x @ self.weight
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, forward: Any = None, norm: Any = None
+    ) -> Tensor:
+        y = (x if norm is None else norm(x)) @ self.weight
         return y if residual is None else residual + y
 
 
