@@ -19,6 +19,13 @@ FILE = "tekken.json"
 FILLER = "<SPECIAL_{id}>"
 # By the names that every such file gives them.
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+# What the first files of this format mean, which do not list theirs.
+UNLISTED = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]"),
+    *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    "[TOOL_CONTENT]",
+)
 
 
 def load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
@@ -43,7 +50,9 @@ def load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
 
 def special_tokens(content: dict[str, Any]) -> list[str]:
     """The special tokens in the order of their ids. Raises KeyError or ValueError."""
-    by_rank = {entry["rank"]: str(entry["token_str"]) for entry in content["special_tokens"]}
+    by_rank = dict(enumerate(UNLISTED))
+    if "special_tokens" in content:
+        by_rank = {entry["rank"]: str(entry["token_str"]) for entry in content["special_tokens"]}
     if sorted(by_rank) != list(range(len(by_rank))):
         raise ValueError("the ranks of special_tokens are not 0, 1, 2, …")
     count = content["config"].get("default_num_special_tokens") or len(by_rank)

@@ -77,6 +77,15 @@ def test_ids_are_those_of_transformers(tmp_path: Path) -> None:
     assert ours().decode(ours().encode("[INST]the</s>")) == "the"
 
 
+def test_files_without_a_list_of_special_tokens_mean_the_first_ones(tmp_path: Path) -> None:
+    older = content()
+    del older["special_tokens"]
+    tokenizer = Tokenizer.from_directory(write(tmp_path, {"tekken.json": older}))
+    text = "<s>[AVAILABLE_TOOLS][TOOL_CALLS]<pad>[SUFFIX][TOOL_CONTENT]"
+    assert tokenizer.encode(text, False) == [1, 5, 9, 11, 16, 19]
+    assert tokenizer.special_tokens["pad_token"] == "<pad>"
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
