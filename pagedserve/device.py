@@ -19,7 +19,7 @@ from torch import dtype as Dtype
 from pagedserve import config
 from pagedserve.errors import StartupError
 from pagedserve.kernels import cpu, cpu_matrix, reference
-from pagedserve.kernels.experts import Experts, ExpertWeights, GroupedExperts, LoopedExperts
+from pagedserve.kernels.experts import Experts, ExpertWeights, LoopedExperts
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
 from pagedserve.kernels.ops import HeadOps, Ops
 
@@ -162,9 +162,8 @@ class Cuda:
         return kernels.matrix(weight) if kernels is not None else PlainMatrix(weight)
 
     def experts(self, weights: ExpertWeights) -> Experts:
-        if GroupedExperts.fits(weights):
-            return GroupedExperts(weights)
-        return LoopedExperts.of(weights, self.matrix)
+        kernels = self.kernels
+        return kernels.experts(weights) if kernels else LoopedExperts.of(weights, self.matrix)
 
     def ops(self, dtype: Dtype) -> Ops:
         kernels = self.kernels

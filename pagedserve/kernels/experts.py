@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pagedserve.kernels.matrix import Matrix
@@ -28,14 +27,54 @@ class Experts(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """How a router's logits become choices and weights; fields mean what those of `spec.Moe` do.
+
+    correction: [E] float32, added for the choice alone.
+    """
+
+    top_k: int
+    score: Literal["softmax", "sigmoid", "softmax of chosen", "sparsemixer"] = "softmax"
+    renorm: bool = True
+    renorm_eps: float = 0.0
+    groups: tuple[int, int] = (1, 1)
+    group_score: Literal["best two", "best"] = "best two"
+    scale: float = 1.0
+    jitter: float = 0.0
+    correction: Tensor | None = None
+
+
+@runtime_checkable
+class RoutedExperts(Experts, Protocol):
+    """Experts that take the router's logits, for a device where each step between is a launch."""
+
+    def mixture(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        routing: Routing,
+        *,
+        on_input: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x [T, C], logits [T, E] → residual + Σ weight · expert(x): [T, C]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """up: [E, 2 · S, C], gate first; down: [E, C, S]; biases: [E, 2 · S], [E, C] or None."""
+    """up: [E, 2 · S, C], gate first; down: [E, C, S]; biases: [E, 2 · S], [E, C] or None.
+
+    `activate`: [n, 2 · S] → [n, S], what `act` and `limit` name.
+    """
 
     up: Tensor
     down: Tensor
     up_bias: Tensor | None
     down_bias: Tensor | None
-    activate: Callable[[Tensor], Tensor]  # [n, 2 · S] → [n, S]
+    activate: Callable[[Tensor], Tensor]
+    act: str
+    limit: float = 7.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +108,3 @@ class LoopedExperts:
             out = self.down[expert].apply(inner, down_bias)
             y.index_add_(0, token, out if on_input else out * weight)
         return y
-
-
-@dataclass(frozen=True, slots=True)
-class GroupedExperts:
-    """Tokens sorted by expert, two grouped products (bfloat16 on Hopper): the host never waits."""
-
-    stacked: ExpertWeights
-
-    @staticmethod
-    def fits(weights: ExpertWeights) -> bool:
-        """Whether torch's grouped product takes them: bfloat16, rows of whole 16 bytes."""
-        sizes = (*weights.up.shape[1:], *weights.down.shape[1:])
-        return weights.up.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
-
-    def apply(self, x: Tensor, weights: Tensor, experts: Tensor, *, on_input: bool) -> Tensor:
-        stacked, k = self.stacked, experts.shape[1]
-        chosen, order = experts.flatten().sort()
-        ends = torch.searchsorted(
-            chosen, torch.arange(1, stacked.up.shape[0] + 1, device=x.device), out_int32=True
-        )
-        token = order // k
-        weight = weights.flatten()[order, None].to(x.dtype)
-        taken = x[token] * weight if on_input else x[token]
-        inner = F.grouped_mm(taken, stacked.up.transpose(1, 2), offs=ends)
-        if stacked.up_bias is not None:
-            inner = inner + stacked.up_bias[chosen]
-        out = F.grouped_mm(stacked.activate(inner), stacked.down.transpose(1, 2), offs=ends)
-        if stacked.down_bias is not None:
-            out = out + stacked.down_bias[chosen]
-        if not on_input:
-            out = out * weight
-        # Back in the tokens' own order, so that the sum has one order whatever the batch.
-        back = torch.empty_like(out).index_copy_(0, order, out)
-        return back.view(x.shape[0], k, -1).sum(1)

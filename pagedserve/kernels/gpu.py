@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from pagedserve.kernels import dispatch, gpu_matrix, gpu_ops, launch
+from pagedserve.kernels import activation, dispatch, gpu_matrix, gpu_ops, launch, moe
+from pagedserve.kernels.experts import Experts, ExpertWeights, LoopedExperts
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
 from pagedserve.kernels.ops import HeadOps, Ops
 from pagedserve.kernels.split_k import Scratch
@@ -20,12 +21,16 @@ TABLE = "products.json"
 
 @dataclass(frozen=True, slots=True)
 class GpuKernels:
-    """`scratch` is shared by all products of a device's stream, `table` says how they are done."""
+    """`scratch` is shared by all products of a device's stream, `table` says how they are done.
+
+    `counts`: by number of experts, zeros that all layers count their choices in.
+    """
 
     scratch: Scratch
     table: dispatch.Table
     ops: Ops = gpu_ops
     head_ops: HeadOps = gpu_ops
+    counts: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def on(cls, device: torch.device, cache: Path) -> GpuKernels:
@@ -43,6 +48,24 @@ class GpuKernels:
         if not gpu_matrix.fits(weight):
             return PlainMatrix(weight)
         return gpu_matrix.GpuMatrix(weight, self.scratch, self.table)
+
+    def experts(self, weights: ExpertWeights) -> Experts:
+        """By our kernels; in float32 by torch, one expert after the other."""
+        if weights.up.dtype not in gpu_matrix.HALVES or weights.act not in activation.GATED:
+            return LoopedExperts.of(weights, self.matrix)
+        counts = self.counts.setdefault(
+            weights.up.shape[0],
+            torch.zeros(weights.up.shape[0], dtype=torch.int32, device=weights.up.device),
+        )
+        return moe.GpuExperts.of(
+            weights.up,
+            weights.down,
+            weights.up_bias,
+            weights.down_bias,
+            act=weights.act,
+            limit=weights.limit,
+            counts=counts,
+        )
 
 
 def identity(device: torch.device) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from pagedserve.kernels.launch import power_of_2
 from pagedserve.kernels.matrix import RmsWeight
 from pagedserve.kernels.split_k import MAX_ROWS, Scratch, split_k
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True, slots=True)
 class GpuMatrix:
@@ -102,8 +104,7 @@ class GpuMatrix:
 
 def fits(weight: Tensor) -> bool:
     """Whether our kernels read this weight. In float32 torch's product is the exact one."""
-    halves = (torch.bfloat16, torch.float16)
-    return weight.is_cuda and weight.dtype in halves and weight.is_contiguous()
+    return weight.is_cuda and weight.dtype in HALVES and weight.is_contiguous()
 
 
 def normed(x: Tensor, weight: RmsWeight | None) -> Tensor:

@@ -17,7 +17,6 @@ T tokens · E experts · k chosen · S an expert's size · C hidden. Meaning: `l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from pagedserve.kernels.activation import GATED, gate_up
 from pagedserve.kernels.aot import Variant, older
+from pagedserve.kernels.experts import Routing
 from pagedserve.kernels.gemv import UNROLLED, inputs_at, weights_at
 from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
 
@@ -345,24 +345,6 @@ def combine_kernel(
         if (token == 0) & (tl.program_id(1) == 0):
             e = tl.arange(0, EXPERTS_BLOCK)
             tl.store(counts + e, tl.zeros([EXPERTS_BLOCK], tl.int32), mask=e < experts)
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """How a router's logits become choices and weights; fields mean what those of `spec.Moe` do.
-
-    correction: [E] float32, added for the choice alone.
-    """
-
-    top_k: int
-    score: Literal["softmax", "sigmoid", "softmax of chosen", "sparsemixer"] = "softmax"
-    renorm: bool = True
-    renorm_eps: float = 0.0
-    groups: tuple[int, int] = (1, 1)
-    group_score: Literal["best two", "best"] = "best two"
-    scale: float = 1.0
-    jitter: float = 0.0
-    correction: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagedserve.kernels.experts import Experts
+from pagedserve.kernels.experts import Experts, RoutedExperts, Routing
 from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
 from pagedserve.layers.mlp import FeedForward
@@ -21,20 +21,38 @@ from pagedserve.spec import Moe
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """weight: [E, C], bias: [E] or None, both float32; correction: [E] float32, see `Moe.bias`."""
+    """weight: [E, C], bias: [E] or None, both float32."""
 
-    spec: Moe
+    routing: Routing
     weight: Tensor
     bias: Tensor | None
-    correction: Tensor | None
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [T, C] → weights [T, k] float32 and experts [T, k] int64."""
-        return route(self.spec, F.linear(x.float(), self.weight, self.bias), self.correction)
+    @classmethod
+    def of(
+        cls, spec: Moe, weight: Tensor, bias: Tensor | None, correction: Tensor | None
+    ) -> Router:
+        """What `spec` says of it."""
+        routing = Routing(
+            top_k=spec.top_k,
+            score=spec.score,
+            renorm=spec.renorm,
+            renorm_eps=spec.renorm_eps,
+            groups=spec.groups,
+            group_score=spec.group_score,
+            scale=spec.scale,
+            jitter=spec.jitter,
+            correction=correction,
+        )
+        return cls(routing, weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, C] → logits [T, E] float32."""
+        return F.linear(x.float(), self.weight, self.bias)
 
 
-def route(spec: Moe, logits: Tensor, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(spec: Routing, logits: Tensor) -> tuple[Tensor, Tensor]:
     """logits: [T, E] float32 → weights [T, k] and experts [T, k], as `spec` says."""
+    correction = spec.correction
     if spec.score == "sparsemixer":
         return sparse_mixer(logits, spec.top_k, spec.jitter)
     if spec.score == "softmax of chosen":
@@ -51,7 +69,7 @@ def route(spec: Moe, logits: Tensor, correction: Tensor | None = None) -> tuple[
     return weights * spec.scale, experts
 
 
-def kept_groups(choice: Tensor, spec: Moe) -> Tensor:
+def kept_groups(choice: Tensor, spec: Routing) -> Tensor:
     """choice: [T, E] with -inf outside the best groups (DeepSeek-V2, V3)."""
     groups, kept = spec.groups
     grouped = choice.view(choice.shape[0], groups, -1)
@@ -83,18 +101,27 @@ class MixtureOfExperts:
     experts: Experts
     shared: FeedForward | None
     shared_router: Linear | None
+    on_input: bool = False
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, forward: Forward, norm: Normalize | None = None
     ) -> Tensor:
         """x, residual: [T, C] → residual + what the experts say to norm(x)."""
         x = normed(norm, x)
-        weights, experts = self.router(x)
-        y = self.experts.apply(x, weights, experts, on_input=self.router.spec.on_input)
-        if self.shared is not None:
-            both = None if self.shared_router is not None else y
-            shared = self.shared(x, both, forward)
-            if self.shared_router is not None:
-                shared = y + shared * self.shared_router(x).sigmoid()
-            y = shared
+        y = self.routed(x, residual)
+        if self.shared is None:
+            return y
+        if self.shared_router is None:
+            return self.shared(x, y, forward)
+        return y + self.shared(x, None, forward) * self.shared_router(x).sigmoid()
+
+    def routed(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """residual + what the chosen ones say."""
+        logits, routing = self.router(x), self.router.routing
+        if isinstance(self.experts, RoutedExperts):
+            return self.experts.mixture(
+                x, logits, routing, on_input=self.on_input, residual=residual
+            )
+        weights, experts = route(routing, logits)
+        y = self.experts.apply(x, weights, experts, on_input=self.on_input)
         return y if residual is None else residual + y

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pagedserve.kernels import moe, reference_fused
-from pagedserve.kernels.experts import LoopedExperts
+from pagedserve.kernels.experts import LoopedExperts, Routing
 from pagedserve.kernels.matrix import PlainMatrix
 from pagedserve.layers.moe import route
 from pagedserve.spec import Moe
@@ -27,9 +27,9 @@ ROUTINGS = {
 }
 
 
-def routing(spec: Moe, correction: Tensor | None) -> moe.Routing:
+def routing(spec: Moe, correction: Tensor | None) -> Routing:
     """`spec` as the kernels take it."""
-    return moe.Routing(
+    return Routing(
         spec.top_k,
         spec.score,
         spec.renorm,
@@ -46,8 +46,9 @@ def check_routing(spec: Moe, tokens: int, device: torch.device) -> None:
     """Same experts, same weights; the order of a token's choices is free."""
     correction = torch.randn(spec.experts, device=device) * 0.3 if spec.bias else None
     logits = torch.randn(tokens, spec.experts, device=device)
-    weights, chosen = moe.route(logits, routing(spec, correction))
-    wanted_weights, wanted = route(spec, logits, correction)
+    how = routing(spec, correction)
+    weights, chosen = moe.route(logits, how)
+    wanted_weights, wanted = route(how, logits)
     order, wanted_order = chosen.argsort(-1), wanted.argsort(-1)
     assert torch.equal(chosen.gather(1, order).long(), wanted.gather(1, wanted_order))
     assert torch.allclose(
@@ -85,7 +86,7 @@ def check_experts(
     x, residual = place.strided(sizes.tokens, c), place.strided(sizes.tokens, c)
     logits = torch.randn(sizes.tokens, e, device=place.device)
     logits[:, e // 2] = -torch.inf  # an expert that nobody chooses
-    how = moe.Routing(sizes.top_k)
+    how = Routing(sizes.top_k)
     weights, chosen = moe.route(logits, how)
     settle(place)
     wanted = plain.apply(x.float(), weights, chosen.long(), on_input=on_input)

@@ -70,7 +70,11 @@ def experts(reader: Reader, spec: Moe, i: int) -> MixtureOfExperts:
     gate = reader.linear({"shared_router": 1}, hidden, i) if spec.shared_gate else None
     weights = expert_weights(reader, spec, i)
     return MixtureOfExperts(
-        Router(spec, router, bias, correction), reader.device.experts(weights), shared, gate
+        Router.of(spec, router, bias, correction),
+        reader.device.experts(weights),
+        shared,
+        gate,
+        spec.on_input,
     )
 
 
@@ -89,11 +93,13 @@ def expert_weights(reader: Reader, spec: Moe, i: int) -> ExpertWeights:
             reader.tensor(role, (count * size, hidden), i, part="").view(count, size, hidden)
             for role in ("expert_gate", "expert_up", "expert_down")
         )
-        return ExpertWeights(torch.cat((gate, up), 1), turned(down), None, None, act)
+        return ExpertWeights(
+            torch.cat((gate, up), 1), turned(down), None, None, act, spec.act, spec.limit
+        )
     if spec.stored == "rows":
         up = reader.tensor("expert_gate_up", (count, 2 * size, hidden), i, part="")
         down = reader.tensor("expert_down", (count, hidden, size), i, part="")
-        return ExpertWeights(up, down, None, None, act)
+        return ExpertWeights(up, down, None, None, act, spec.act, spec.limit)
     if reader.source.has(reader.name("expert_gate_up", i) + "_blocks"):
         up = from_mxfp4(reader, "expert_gate_up", (count, 2 * size, hidden), i)
         down = from_mxfp4(reader, "expert_down", (count, hidden, size), i)
@@ -107,7 +113,7 @@ def expert_weights(reader: Reader, spec: Moe, i: int) -> ExpertWeights:
     if spec.stored == "column pairs":
         up = pairs_to_halves(up)
         up_bias = None if up_bias is None else pairs_to_halves(up_bias)
-    return ExpertWeights(up, down, up_bias, down_bias, act)
+    return ExpertWeights(up, down, up_bias, down_bias, act, spec.act, spec.limit)
 
 
 def experts_of_each(reader: Reader, spec: Moe, i: int, act: Activation) -> ExpertWeights:
@@ -128,7 +134,7 @@ def experts_of_each(reader: Reader, spec: Moe, i: int, act: Activation) -> Exper
             one.read(role, into, i)
             if bias is not None:
                 one.read(role, bias, i, part="bias")
-    return ExpertWeights(up, down, up_bias, down_bias, act)
+    return ExpertWeights(up, down, up_bias, down_bias, act, spec.act, spec.limit)
 
 
 def from_mxfp4(reader: Reader, role: str, shape: tuple[int, int, int], i: int) -> Tensor:
