@@ -45,7 +45,8 @@ def load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
         prefixing(model, every_part=bool(config.get("legacy", True))) + splitting(model, pieces)
     )
     backend.decoder = decoders.Sequence(decoding(model))
-    add_specials(backend, [p.text for p in pieces if p.kind is Kind.CONTROL] + tail)
+    add_specials(backend, [p.text for p in pieces if p.kind is Kind.CONTROL])
+    add_specials(backend, tail, words_alone=True)
     surround(backend, config, add_bos=True)
     return backend, config
 
@@ -88,7 +89,10 @@ def own_specials(model: Model) -> dict[str, Any]:
 
 
 def with_added(pieces: list[Piece], tail: list[str], config: dict[str, Any]) -> list[Piece]:
-    """All ids with their pieces: the file's, `tail` behind them, and what the settings name."""
+    """All ids with their pieces: the file's, `tail` behind them, and what the settings name.
+
+    A text has one id: of a piece and a token of the tail that are alike the token stays.
+    """
     vocabulary: Vocabulary = {piece.text: id for id, piece in enumerate(pieces)}
     for id, text in enumerate(tail, len(pieces)):
         vocabulary[text] = id

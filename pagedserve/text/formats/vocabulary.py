@@ -54,10 +54,18 @@ def place_tail(vocabulary: Vocabulary, tokens: Iterable[str]) -> None:
             after += 1
 
 
-def add_specials(backend: Backend, tokens: Iterable[str]) -> None:
-    """Have `tokens` of the vocabulary found in texts as they stand, and hidden in answers."""
+def add_specials(backend: Backend, tokens: Iterable[str], *, words_alone: bool = False) -> None:
+    """Have `tokens` of the vocabulary found in texts as they stand, and hidden in answers.
+
+    With `words_alone` one that is a mere word is not found inside of longer ones.
+    """
     backend.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in dict.fromkeys(tokens)]
+        [
+            AddedToken(
+                text, special=True, normalized=False, single_word=words_alone and text.isalnum()
+            )
+            for text in dict.fromkeys(tokens)
+        ]
     )
 
 

@@ -177,6 +177,8 @@ def test_a_class_whose_code_adds_tokens_is_known(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, tokenizer_class="ChatGLMTokenizer")
     the = pair(LLAMA)[1].encode("the")
     assert tokenizer.encode("the") == [size + 1, size + 3, *the]
+    assert tokenizer.encode("[gMASK]sop<|user|>", False) == [size + 1, size + 3, size + 6]
+    assert tokenizer.encode("sopthe", False) == pair(LLAMA)[1].encode("sopthe")
     ids = tokenizer.encode("<|user|>the<|assistant|>", False)
     assert ids == [size + 6, *the, size + 7]
     assert tokenizer.decode(ids) == "the"
