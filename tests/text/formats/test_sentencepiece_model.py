@@ -132,6 +132,14 @@ def test_the_beginning_is_marked_unless_the_settings_say_otherwise(tmp_path: Pat
     assert plain.backend.id_to_token(plain.encode("server", False)[0])[0] != "▁"
 
 
+def test_null_leaves_a_setting_at_its_default(tmp_path: Path) -> None:
+    names = ("add_prefix_space", "legacy", "add_bos_token", "add_eos_token")
+    plain, null = load(tmp_path / "a"), load(tmp_path / "b", **dict.fromkeys(names))
+    text = "the<s>server</s> x"
+    assert null.encode(text) == plain.encode(text)
+    assert "eos_token" not in load(tmp_path / "c", eos_token=None).special_tokens
+
+
 def test_added_tokens_have_the_ids_that_the_settings_give_them(tmp_path: Path) -> None:
     size = pair(LLAMA)[1].get_piece_size()
     tokenizer = load(
