@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pagedserve.models.decoder import Decoder
+from pagedserve.models.base import Model
 from pagedserve.step import Join, Slot, Step, TokenLogprobs
 from pagedserve.worker.sampler import LogprobColumns, logprob_columns
 
@@ -14,7 +14,7 @@ LOGITS_ROWS = 256  # positions whose logits are held at a time
 class PromptLogprobs:
     """token_ids: [slots, length] int64, the sequences themselves."""
 
-    def __init__(self, token_ids: Tensor, decoder: Decoder):
+    def __init__(self, token_ids: Tensor, decoder: Model):
         self._token_ids = token_ids
         self._decoder = decoder
         self.wanted: dict[Slot, tuple[int, int]] = {}  # prompt length and number of likeliest

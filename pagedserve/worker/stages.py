@@ -25,7 +25,7 @@ from pagedserve.attention.batch import Batch
 from pagedserve.kernels import step_inputs
 from pagedserve.kernels.sample_gpu import Needs
 from pagedserve.kernels.step_inputs import Inputs, Message
-from pagedserve.models.decoder import Decoder
+from pagedserve.models.base import Model
 from pagedserve.worker.gpu_sampler import GpuSampler
 
 log = logging.getLogger("pagedserve")
@@ -74,7 +74,7 @@ class Stages:
     """Makes, captures and runs them. `eager`: never captures."""
 
     memory: Memory
-    decoder: Decoder
+    decoder: Model
     backend: AttentionBackend
     sampler: GpuSampler
     sizes: Sizes
