@@ -18,6 +18,11 @@ class Model(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `forward` only enqueues: no shape or choice depends on numbers on the device."""
+        ...
+
     def forward(
         self, batch: Batch, kv_layers: Sequence[Tensor], backend: AttentionBackend, plan: Plan
     ) -> Tensor:
@@ -30,6 +35,10 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, C], rows of what `forward` returned → [n, vocab] float32."""
+        ...
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """The same as `logits`, in the model's own dtype where nothing is done to them."""
         ...
 
     def weight_bytes(self) -> int:

@@ -32,6 +32,7 @@ from pagedserve.models.progress import Progress, size
 
 HEADROOM_BYTES = 64 << 20  # of the disk that stay free
 COMMIT = re.compile(r"[0-9a-f]{40}")
+ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,13 @@ def download(
     snapshot, progress = repo.snapshot(commit), Progress(tell)
     if config and "config.json" not in remote:
         raise StartupError(f"{repo.name} on the hub is no model to serve: it has no config.json")
-    if weights and not converted(snapshot):
+    weights = weights and not converted(remote, snapshot)
+    if weights:
         check_form(repo, remote, pickles)
     names = [name for name in remote if is_small(name) or (pickles and name == PICKLE_INDEX)]
     small = [remote[name] for name in names]
     fetch_files(repo, commit, small, progress)
-    large = weight_files(repo, remote) if weights and not converted(snapshot) else []
+    large = weight_files(repo, remote) if weights else []
     check_room(repo, large)
     fetch_files(repo, commit, large, progress)
     # config.json last: where it is, all the others are.
@@ -112,20 +114,29 @@ def list_files(repo: Repo, revision: str) -> tuple[str, dict[str, Remote]]:
     """The commit that `revision` names, and its files by name."""
     from huggingface_hub import HfApi
 
-    info = HfApi(endpoint=repo.endpoint).model_info(
-        repo.name, revision=revision, files_metadata=True, timeout=SILENCE_SECONDS
-    )
+    try:
+        info = HfApi(endpoint=repo.endpoint).model_info(
+            repo.name, revision=revision, files_metadata=True, timeout=SILENCE_SECONDS
+        )
+    except (ValueError, KeyError, TypeError) as error:  # an answer of something else, or no name
+        if isinstance(error, OSError):
+            raise
+        raise StartupError(
+            f"{repo.endpoint} cannot be asked for {repo.name}: {type(error).__name__}: {error}; "
+            "check the name, and that this is a hub (HF_ENDPOINT)"
+        ) from error
     found = {}
     for each in info.siblings or []:
-        etag = each.lfs.sha256 if each.lfs else each.blob_id
-        if etag is not None and each.size is not None:
+        etag = (each.lfs.sha256 if each.lfs else each.blob_id) or ""
+        if each.size is not None and ETAG.fullmatch(etag):  # it becomes a file's name here
             found[each.rfilename] = Remote(each.rfilename, each.size, etag)
-    if info.sha is None or (info.siblings and not found):
+    commit = info.sha or ""
+    if not COMMIT.fullmatch(commit) or (info.siblings and not found):
         raise StartupError(
-            f"{repo.endpoint} does not say how long the files of {repo.name} are; download it by "
-            "other means and give the directory"
+            f"{repo.endpoint} does not list the files of {repo.name} with commit, lengths and "
+            "hashes, as a hub does; download it by other means and give the directory"
         )
-    return info.sha, found
+    return commit, found
 
 
 def check_form(repo: Repo, remote: dict[str, Remote], pickles: bool) -> None:
@@ -162,10 +173,10 @@ def weight_files(repo: Repo, remote: dict[str, Remote]) -> list[Remote]:
     return [remote[name] for name in names]
 
 
-def converted(snapshot: Path) -> bool:
-    """Whether `pagedserve convert` wrote safetensors here, as files and not as links."""
-    files = [snapshot / name for name in (SINGLE, INDEX)]
-    return any(file.is_file() and not file.is_symlink() for file in files)
+def converted(remote: dict[str, Remote], snapshot: Path) -> bool:
+    """Whether `pagedserve convert` has written here what the hub has not."""
+    names = (SINGLE, INDEX)
+    return any((snapshot / n).is_file() for n in names) and not any(n in remote for n in names)
 
 
 def check_room(repo: Repo, files: list[Remote]) -> None:

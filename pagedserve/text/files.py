@@ -50,6 +50,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    """A setting that is true or false; null, which libraries write, leaves it at its default."""
+    value = config.get(name)
+    return default if value is None else bool(value)
+
+
 def token_text(value: Any) -> str | None:
     """The text of a token as configs write it: a string, or an object with `content`."""
     if isinstance(value, Mapping):

@@ -52,6 +52,8 @@ class FakeHub:
     def __init__(self) -> None:
         self.models: dict[str, FakeModel] = {}
         self.requests: list[tuple[str, str | None]] = []
+        self.tokens: dict[str, str | None] = {}  # path → who asked for it last, says the request
+        self.cdn = ""  # where large files are, if not on this host: a URL
         self.cuts: dict[str, list[int]] = {}
         self.damaged: set[str] = set()
         self.ranges = True
@@ -91,6 +93,7 @@ class FakeHub:
             def do_GET(self) -> None:
                 path = unquote(urlsplit(self.path).path)
                 hub.requests.append((path, self.headers.get("Range")))
+                hub.tokens[path] = self.headers.get("Authorization")
                 if hub.busy:
                     hub.busy -= 1
                     self.fail(503, "")
@@ -144,7 +147,7 @@ class FakeHub:
                     302,
                     b"",
                     {
-                        "Location": f"/cdn/{name}/{file}",
+                        "Location": f"{hub.cdn}/cdn/{name}/{file}",
                         "X-Linked-Etag": f'"{etag(content)}"',
                         "X-Linked-Size": str(len(content)),
                         "X-Xet-Hash": "0" * 64,

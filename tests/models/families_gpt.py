@@ -1,4 +1,4 @@
-"""Families that resemble GPT: see `families`."""
+"""Families that resemble GPT, and MiniCPM 3: see `families`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ FALCON_RW: dict[str, Any] = {
     "parallel_attn": False,
 }
 GROUPED: dict[str, Any] = {"new_decoder_architecture": True, "num_kv_heads": 2}
+MINICPM3: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "num_key_value_heads": 4,
+    "scale_emb": 3,
+    "dim_model_base": 32,
+}
 
 CASES_GPT: dict[str, Case] = {
     "gpt_bigcode": Case("gpt_bigcode", GPT),
@@ -74,4 +83,9 @@ CASES_GPT: dict[str, Case] = {
     "biogpt": Case("biogpt"),
     "xglm": Case("xglm", XGLM),
     "openai-gpt": Case("openai-gpt", GPT),
+    "minicpm3": Case("minicpm3", MINICPM3),
+    "minicpm3 of one matrix for queries": Case(
+        "minicpm3",
+        {**MINICPM3, "q_lora_rank": None, "scale_depth": None, "attention_bias": True},
+    ),
 }

@@ -5,6 +5,7 @@ The hub is a server of this machine (`fake_hub.py`); huggingface_hub is the real
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -289,6 +290,50 @@ def test_a_model_that_may_not_be_read_says_how(
     server.add("some/other", FILES, **options)
     with pytest.raises(StartupError, match=words):
         hub.resolve("some/other")
+
+
+def test_a_token_is_shown_to_the_hub_and_to_nobody_else(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.cdn = server.url.replace("127.0.0.1", "localhost")
+    assert there(hub.resolve(NAME)) == FILES
+    shown = {path for path, token in server.tokens.items() if token == "Bearer hf_secret"}
+    hidden = {path for path, token in server.tokens.items() if token is None}
+    assert f"/api/models/{NAME}/revision/main" in shown
+    assert f"/{NAME}/resolve/{COMMIT}/{FIRST}" in shown
+    assert hidden == {path for path in server.tokens if path.startswith("/cdn/")} != set()
+
+
+@pytest.mark.parametrize(
+    "bad", ({"sha": "../../.."}, {"blobId": "../../x"}, {"blobId": None}, {"size": None})
+)
+def test_a_listing_that_is_none_writes_nothing(
+    bad: dict[str, Any], server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = {"rfilename": "config.json", "size": 2, "blobId": "d" * 40} | bad
+    body = {"id": NAME, "sha": bad.get("sha", COMMIT), "siblings": [file]}
+
+    def info(handler: Any, name: str, revision: str) -> None:
+        content = {"Content-Type": "application/json"}
+        handler.answer(200, json.dumps(body).encode(), content)
+
+    monkeypatch.setattr(server.server.RequestHandlerClass, "info", info)
+    with pytest.raises(StartupError, match="does not list the files of someone/model"):
+        hub.resolve(NAME)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("answer", (b"<html>log in first</html>", b"[]", b"{}"))
+def test_an_answer_of_something_else_is_said(
+    answer: bytes, server: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def info(handler: Any, name: str, revision: str) -> None:
+        handler.answer(200, answer, {"Content-Type": "text/html"})
+
+    monkeypatch.setattr(server.server.RequestHandlerClass, "info", info)
+    with pytest.raises(StartupError, match="cannot be asked for someone/model.*HF_ENDPOINT"):
+        hub.resolve(NAME)
 
 
 def test_a_name_that_is_none_is_said(server: FakeHub) -> None:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pagedserve.device import pick
 from pagedserve.models.loading import LoadedModel, load_model
 from tests.models.paged import PagedRun
 from tests.models.references import REFERENCES, Reference, write
+from tests.models.references.drawing import Weights
 
 NEW_TOKENS = 32
 MAX_ERROR = 1e-5
@@ -34,8 +36,8 @@ BY_CONTEXT = ("qwen past its length, ntk", "qwen past its length")
 def test_logits_and_greedy_tokens_equal_those_of_the_reference(name: str, tmp_path: Path) -> None:
     reference = REFERENCES[name]
     write(reference, tmp_path)
+    forward = forward_of(reference, load_file(tmp_path / "model.safetensors"))
     model = load_model(tmp_path, device=pick("cpu"), context=CONTEXT)
-    forward = forward_of(reference)
     prompts = random_prompts(reference)
     written = [greedy(model, prompt) for prompt in prompts]
     run = PagedRun(model, block_size=5)
@@ -49,9 +51,8 @@ def test_logits_and_greedy_tokens_equal_those_of_the_reference(name: str, tmp_pa
             assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens[len(prompt) :]
 
 
-def forward_of(reference: Reference) -> Callable[[list[int]], Tensor]:
-    """input_ids → logits [T, vocab], of the weights that `write` wrote."""
-    weights = reference.weights(reference.config, 0)
+def forward_of(reference: Reference, weights: Weights) -> Callable[[list[int]], Tensor]:
+    """input_ids → logits [T, vocab]."""
     forward = partial(reference.forward, reference.config, weights)
     if reference.name in BY_CONTEXT:
         return partial(forward, prompt_length=CONTEXT)

@@ -41,7 +41,13 @@ def test_encode_and_decode_equal_transformers(
     directory = write_checkpoint(tmp_path, backend(), **config)
     theirs = PreTrainedTokenizerFast.from_pretrained(directory)
     ours = Tokenizer.from_directory(directory)
-    for text in ["hello world", "日本 <extra> stop", f"{BOS}a{EOS}<|end|>", "", " x . y 's 😀"]:
+    for text in [
+        "hello world",
+        "日本 <extra> stop xstopx",
+        f"{BOS}a{EOS}<|end|>",
+        "",
+        " x . y 's 😀",
+    ]:
         for add in (True, False):
             ids = ours.encode(text, add)
             assert ids == theirs.encode(text, add_special_tokens=add)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pagedserve.errors import StartupError
 from pagedserve.models.architectures.gpt2 import NAMES, attention, decoder, feed_forward
 from pagedserve.models.architectures.registry import Config, arch
 from pagedserve.spec import Attn, DecoderSpec, Layer, Rope
@@ -12,6 +13,7 @@ PARALLEL = {
     "up": "mlp.fc_in",
     "down": "mlp.fc_out",
 }
+SLICES = 4  # that q, k, v are stored in
 OWN = {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj"}
 
 
@@ -22,6 +24,8 @@ def gptj(c: Config) -> DecoderSpec:
 
 @arch("CodeGenForCausalLM")
 def codegen(c: Config) -> DecoderSpec:
+    if c["n_head"] % SLICES:
+        raise StartupError(f"config.json: n_head {c['n_head']} is no multiple of {SLICES}")
     return side_by_side(c, rotated(c, packed="slices"), {**PARALLEL, "qkv": "attn.qkv_proj"})
 
 

@@ -25,11 +25,18 @@ def phi3(c: Config) -> DecoderSpec:
 def rotation(c: Config) -> Rope:
     """The first files say "yarn" where they mean LongRoPE; no other scaling is known here."""
     found = rope(c)
-    if found.scaling.get("rope_type") not in (None, "yarn", "longrope"):
+    trained, longest = c["original_max_position_embeddings"], c["max_position_embeddings"]
+    kind = found.scaling.get("rope_type", "longrope")
+    if kind not in ("yarn", "longrope"):
         raise StartupError(
-            f"config.json: rope type {found.scaling['rope_type']!r} is not one of this "
-            "architecture's; supported: default, longrope"
+            f"config.json: rope type {kind!r} is not one of this architecture's; supported: "
+            "default, longrope"
         )
-    trained = {"original_max_position_embeddings": c["original_max_position_embeddings"]}
-    scaling = {**found.scaling, **trained, "rope_type": "longrope"} if found.scaling else {}
-    return replace(found, scaling=scaling)
+    if kind == "longrope":
+        return found
+    older = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": trained,
+        "factor": longest / trained,
+    }
+    return replace(found, scaling={**found.scaling, **older})

@@ -50,7 +50,8 @@ def load_backend(
     file = directory / "tokenizer.json"
     if file.is_file():
         backend = read_own(file)
-        return backend, with_class_specials(config, backend.get_vocab())
+        known = backend.get_vocab() if config.get("specials") else {}
+        return backend, with_class_specials(config, known)
     try:
         return build(directory, config)
     except (TypeError, ValueError, AttributeError) as error:

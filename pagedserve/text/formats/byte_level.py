@@ -12,7 +12,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from pagedserve.errors import StartupError
-from pagedserve.text.files import named_specials
+from pagedserve.text.files import flag, named_specials
 from pagedserve.text.formats.vocabulary import (
     Vocabulary,
     place_added,
@@ -79,7 +79,7 @@ def build(
     if form is not None:
         backend.normalizer = NORMAL_FORMS[form]()
     backend.pre_tokenizer = splitter(
-        config.get("split_pattern"), add_prefix_space=bool(config.get("add_prefix_space", False))
+        config.get("split_pattern"), add_prefix_space=flag(config, "add_prefix_space", False)
     )
     backend.decoder = decoders.ByteLevel()
     surround(backend, config, add_bos=add_bos)

@@ -70,7 +70,7 @@ def build(
     backend, config = byte_level.build(
         file, vocabulary, merges, config, whole_pieces=True, add_bos=add_bos
     )
-    add_specials(backend, [*first, *tail])
+    add_specials(backend, [*first, *tail], words_alone=True)
     return backend, config
 
 

@@ -18,6 +18,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from pagedserve.errors import StartupError
+from pagedserve.text.files import flag
 from pagedserve.text.formats.sentencepiece_proto import Algorithm, Kind, Model, Piece, read
 from pagedserve.text.formats.vocabulary import Vocabulary, add_specials, place_added, surround
 
@@ -34,7 +35,7 @@ def load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
     config = own_specials(model) | config
     tail = list(config.get("tail_tokens") or ())
     pieces = with_added(model.pieces, tail, config)
-    if not config.get("add_prefix_space", True):
+    if not flag(config, "add_prefix_space", True):
         model.dummy_prefix = False
     try:
         backend = Backend(algorithm(dataclasses.replace(model, pieces=pieces)))
@@ -42,10 +43,11 @@ def load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
         raise StartupError(f"{file} cannot be used: {error}") from error
     backend.normalizer = normalizers.Sequence(normalizing(model))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        prefixing(model, every_part=bool(config.get("legacy", True))) + splitting(model, pieces)
+        prefixing(model, every_part=flag(config, "legacy", True)) + splitting(model, pieces)
     )
     backend.decoder = decoders.Sequence(decoding(model))
-    add_specials(backend, [p.text for p in pieces if p.kind is Kind.CONTROL] + tail)
+    add_specials(backend, [p.text for p in pieces if p.kind is Kind.CONTROL])
+    add_specials(backend, tail, words_alone=True)
     surround(backend, config, add_bos=True)
     return backend, config
 
@@ -88,7 +90,10 @@ def own_specials(model: Model) -> dict[str, Any]:
 
 
 def with_added(pieces: list[Piece], tail: list[str], config: dict[str, Any]) -> list[Piece]:
-    """All ids with their pieces: the file's, `tail` behind them, and what the settings name."""
+    """All ids with their pieces: the file's, `tail` behind them, and what the settings name.
+
+    A text has one id: of a piece and a token of the tail that are alike the token stays.
+    """
     vocabulary: Vocabulary = {piece.text: id for id, piece in enumerate(pieces)}
     for id, text in enumerate(tail, len(pieces)):
         vocabulary[text] = id

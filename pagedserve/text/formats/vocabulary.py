@@ -13,7 +13,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from pagedserve.errors import StartupError
-from pagedserve.text.files import added_tokens, more_specials, named_specials
+from pagedserve.text.files import added_tokens, flag, more_specials, named_specials
 
 Vocabulary = dict[str, int]
 
@@ -54,10 +54,18 @@ def place_tail(vocabulary: Vocabulary, tokens: Iterable[str]) -> None:
             after += 1
 
 
-def add_specials(backend: Backend, tokens: Iterable[str]) -> None:
-    """Have `tokens` of the vocabulary found in texts as they stand, and hidden in answers."""
+def add_specials(backend: Backend, tokens: Iterable[str], *, words_alone: bool = False) -> None:
+    """Have `tokens` of the vocabulary found in texts as they stand, and hidden in answers.
+
+    With `words_alone` one that is a mere word is not found inside of longer ones.
+    """
     backend.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in dict.fromkeys(tokens)]
+        [
+            AddedToken(
+                text, special=True, normalized=False, single_word=words_alone and text.isalnum()
+            )
+            for text in dict.fromkeys(tokens)
+        ]
     )
 
 
@@ -70,9 +78,9 @@ def surround(backend: Backend, config: Mapping[str, Any], *, add_bos: bool) -> N
     named = named_specials(config)
     before = list(config.get("prefix_tokens") or ())
     after = []
-    if config.get("add_bos_token", add_bos) and "bos_token" in named:
+    if flag(config, "add_bos_token", add_bos) and "bos_token" in named:
         before.insert(0, named["bos_token"])
-    if config.get("add_eos_token", False) and "eos_token" in named:
+    if flag(config, "add_eos_token", False) and "eos_token" in named:
         after.append(named["eos_token"])
     around = dict.fromkeys([*before, *after])
     missing = [token for token in around if backend.token_to_id(token) is None]

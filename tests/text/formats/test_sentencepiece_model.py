@@ -132,6 +132,14 @@ def test_the_beginning_is_marked_unless_the_settings_say_otherwise(tmp_path: Pat
     assert plain.backend.id_to_token(plain.encode("server", False)[0])[0] != "▁"
 
 
+def test_null_leaves_a_setting_at_its_default(tmp_path: Path) -> None:
+    names = ("add_prefix_space", "legacy", "add_bos_token", "add_eos_token")
+    plain, null = load(tmp_path / "a"), load(tmp_path / "b", **dict.fromkeys(names))
+    text = "the<s>server</s> x"
+    assert null.encode(text) == plain.encode(text)
+    assert "eos_token" not in load(tmp_path / "c", eos_token=None).special_tokens
+
+
 def test_added_tokens_have_the_ids_that_the_settings_give_them(tmp_path: Path) -> None:
     size = pair(LLAMA)[1].get_piece_size()
     tokenizer = load(
@@ -177,6 +185,8 @@ def test_a_class_whose_code_adds_tokens_is_known(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, tokenizer_class="ChatGLMTokenizer")
     the = pair(LLAMA)[1].encode("the")
     assert tokenizer.encode("the") == [size + 1, size + 3, *the]
+    assert tokenizer.encode("[gMASK]sop<|user|>", False) == [size + 1, size + 3, size + 6]
+    assert tokenizer.encode("sopthe", False) == pair(LLAMA)[1].encode("sopthe")
     ids = tokenizer.encode("<|user|>the<|assistant|>", False)
     assert ids == [size + 6, *the, size + 7]
     assert tokenizer.decode(ids) == "the"
