@@ -25,6 +25,13 @@ from pagedserve.kernels.paged_decode import Shape
 COMMON = Shape(kv_heads=8, group=4, width=128)
 SMALL = Shape(kv_heads=8, group=8, width=64)
 LATENT = Shape(kv_heads=1, group=16, width=512, rest=64, latent=True)
+LATENT_128 = replace(LATENT, group=128)
+DECODE_SHAPES = {
+    "8×4 heads of 128": COMMON,
+    "8×8 heads of 64": SMALL,
+    "16 heads on latents": LATENT,
+    "128 heads on latents": LATENT_128,
+}
 CACHE_BYTES = 6 << 30
 NUM_LAUNCHES = 32
 
@@ -53,20 +60,21 @@ PREFILL = {  # name → (tokens, context) of each row
     "mixed 100…1.5k": [(100 + 90 * row,) * 2 for row in range(16)],
 }
 # tile, programs a processor, tokens of a bin at least, warps, stages
-DECODE_SWEEP = [
-    (64, 2, 64, 4, 3),
-    (64, 2, 128, 4, 3),
-    (64, 2, 64, 4, 5),
-    (64, 4, 64, 4, 3),
-    (64, 2, 64, 8, 3),
-    (32, 2, 32, 4, 6),
-    (32, 3, 64, 4, 6),
-    (32, 4, 64, 4, 4),
-    (128, 1, 128, 8, 3),
-    (128, 2, 128, 4, 3),
-]
+DECODE_SWEEP = {
+    COMMON: [
+        (64, 2, 128, 4, 5),
+        (64, 2, 64, 4, 5),
+        (64, 1, 128, 4, 5),
+        (128, 1, 128, 4, 3),
+        (64, 2, 64, 2, 5),
+        (32, 3, 64, 2, 6),
+        (32, 2, 64, 4, 6),
+    ],
+    LATENT: [(32, 1, 128, 4, 3), (16, 3, 64, 4, 3), (64, 1, 128, 8, 3), (32, 2, 64, 4, 2)],
+    LATENT_128: [(16, 1, 64, 8, 2), (32, 1, 64, 8, 3)],
+}
 # queries · heads, keys, programs a processor, warps, stages
-PREFILL_SWEEP = [(128, 64, 1, 8, 3), (128, 64, 1, 8, 2), (128, 128, 1, 8, 2), (64, 64, 2, 4, 3)]
+PREFILL_SWEEP = [(128, 64, 1, 8, 3), (128, 128, 1, 8, 2)]
 
 
 @dataclass(slots=True)
@@ -142,21 +150,21 @@ def decode_bytes(case: Case) -> int:
 def decode(processors: Processors, peak: float, quick: bool, sweep: bool) -> list[dict[str, Any]]:
     found = []
     show(f"decode, µs (TB/s; share of the {peak:.2f} TB/s that a sum reads at)")
-    for label, shape in (("8×4 heads of 128", COMMON), ("16 heads on latents", LATENT)):
+    for label, shape in DECODE_SHAPES.items():
         cases = dict(list(DECODE.items())[:1]) if quick else DECODE
         for name, lens in cases.items():
             case = make(shape, [(1, n) for n in lens])
-            chosen = paged_decode.tune(shape, len(lens), processors.count)
+            chosen = paged_decode.tune(shape, processors.count, processors.capability)
             tunings = {"chosen": chosen}
-            if sweep and shape == COMMON:
-                for tile, each, tokens, warps, stages in DECODE_SWEEP:
-                    tunings[f"{tile} ×{each} ≥{tokens} w{warps} s{stages}"] = paged_decode.Tuning(
-                        tile,
-                        processors.count * each // shape.lanes,
-                        tokens // tile,
-                        warps,
-                        stages,
-                    )
+            for tile, each, tokens, warps, stages in DECODE_SWEEP.get(shape, []) if sweep else []:
+                tunings[f"{tile} ×{each} ≥{tokens} w{warps} s{stages}"] = replace(
+                    chosen,
+                    tile=tile,
+                    bins=max(1, processors.count * each // shape.lanes),
+                    min_tiles=tokens // tile,
+                    num_warps=warps,
+                    num_stages=stages,
+                )
             size, texts = decode_bytes(case), []
             for how, tuning in tunings.items():
                 time = decode_time(case, tuning)
@@ -284,7 +292,7 @@ def small(processors: Processors) -> dict[str, float]:
     found = {}
     for rows in (1, 256):
         case = make(COMMON, [(1, 512)] * rows)
-        tuning = paged_decode.tune(COMMON, rows, processors.count)
+        tuning = paged_decode.tune(COMMON, processors.count, processors.capability)
         found[f"plan_decode, {rows} rows"] = microseconds(
             [
                 lambda case=case, tuning=tuning: paged_decode.plan_decode(

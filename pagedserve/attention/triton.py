@@ -129,7 +129,7 @@ class TritonAttention:
         batch = plan.batch
         work = plan.decodes.get(shape)
         if work is None:
-            tuning = paged_decode.tune(shape, len(batch.counts), self.processors.count)
+            tuning = paged_decode.tune(shape, self.processors.count, self.processors.capability)
             work = plan.decodes[shape] = paged_decode.plan_decode(
                 shape, tuning, batch.seq_lens, batch.query_start_loc
             )

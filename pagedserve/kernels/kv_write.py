@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedserve.kernels.aot import Variant
+from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
 
 
 @triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
@@ -26,8 +27,11 @@ def kv_write_kernel(
     PAGE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Token program_id(0), part program_id(1). WIDTH: numbers of a token's keys, all heads."""
+    launch_dependents(PDL)
+    wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     slot = tl.load(slot_ptr + token).to(tl.int64)
@@ -56,8 +60,11 @@ def clear_tails_kernel(
     PAGE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Row program_id(0): zeros where the values of its last block's unwritten slots will be."""
+    launch_dependents(PDL)
+    wait(PDL)
     row = tl.program_id(0)
     length = tl.load(seq_lens_ptr + row).to(tl.int32)
     count = tl.load(query_start_ptr + row + 1) - tl.load(query_start_ptr + row)
@@ -96,8 +103,9 @@ def kv_write(kv: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor | None) -> N
         kv.stride(1),
         PAGE=kv.shape[2],
         WIDTH=width,
-        WIDTH_PAD=triton.next_power_of_2(width),
+        WIDTH_PAD=power_of_2(width),
         num_warps=warps(width),
+        **dependent(kv),
     )
 
 
@@ -122,8 +130,9 @@ def clear_tails(
         kv.stride(1),
         PAGE=kv.shape[2],
         WIDTH=width,
-        WIDTH_PAD=triton.next_power_of_2(width),
+        WIDTH_PAD=power_of_2(width),
         num_warps=warps(width),
+        **dependent(kv),
     )
 
 
@@ -134,13 +143,13 @@ def rows(x: Tensor) -> Tensor:
 
 def warps(width: int) -> int:
     """Enough for one 16-byte access a thread."""
-    return max(1, min(8, int(triton.next_power_of_2(width)) // 256))
+    return max(1, min(8, power_of_2(width) // 256))
 
 
 def variants(dtype: str, width: int, page: int) -> list[Variant]:
     """Of one cache."""
     cache = {"kv_ptr": f"*{dtype}", "block_stride": "i32", "part_stride": "i32"}
-    sizes = {"PAGE": page, "WIDTH": width, "WIDTH_PAD": triton.next_power_of_2(width)}
+    sizes = {"PAGE": page, "WIDTH": width, "WIDTH_PAD": power_of_2(width), "PDL": False}
     tables = {"table_ptr": "*i64", "seq_lens_ptr": "*i64", "query_start_ptr": "*i64"}
     return [
         Variant(

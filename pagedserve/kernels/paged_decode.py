@@ -10,8 +10,9 @@ to its end whatever the lengths are, and one CUDA graph serves all of them:
     tiles   │──────────│─────│──│───────────────────────│
     bins    │        0       │        1       │        2       │
 
-    starts  [rows + 1]      tiles before each row
-    bins    [num_bins + 1]  row that each bin begins in; last, tiles to a bin
+    starts  [rows + 1]     tiles before each row
+    bins    [num_bins, 8]  where each bin begins and ends, and in which row: all that a program
+                           needs before it can ask for keys, in one read
 
 `plan_decode` makes these on the device, once for all layers that see alike. A row that lies in one
 bin is finished there. Of any other, each program leaves a part (maximum, sum, weighted values), two
@@ -36,7 +37,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedserve.kernels.aot import Variant
+from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
 from pagedserve.kernels.paged_scores import LOG2E, MASKED, first_seen, in_base_2, with_sink
+
+FIELDS = tl.constexpr(8)  # of a bin: row, end, the row's start, end, length and token, begin, size
 
 
 @triton.jit(
@@ -54,13 +58,18 @@ def plan_decode_kernel(
     NUM_BINS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BINS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program. ROWS and BINS: how many are looked at together."""
+    launch_dependents(PDL)
+    wait(PDL)
     total = 0
+    longest = 0
     r = tl.arange(0, ROWS)
     for r0 in range(0, num_rows, ROWS):
         row, inside = r0 + r, r0 + r < num_rows
@@ -72,9 +81,10 @@ def plan_decode_kernel(
         tiles = tl.where(count == 1, tl.maximum(tiles, 1), 0)
         tl.store(starts_ptr + 1 + row, total + tl.cumsum(tiles, 0), mask=inside)
         total += tl.sum(tiles, 0)
+        longest = tl.maximum(longest, tl.max(tiles, 0))
     tl.store(starts_ptr, 0)
-    size = tl.maximum(tl.cdiv(total, NUM_BINS), MIN_TILES)
-    tl.store(bins_ptr + NUM_BINS, size)
+    size = tl.maximum(tl.cdiv(total, NUM_BINS), tl.cdiv(longest, MAX_PARTS))
+    size = tl.maximum(size, MIN_TILES)
     for c0 in range(0, num_counters, ROWS):
         tl.store(counters_ptr + c0 + r, tl.zeros([ROWS], tl.int32), mask=c0 + r < num_counters)
     tl.debug_barrier()  # starts are read again, by other threads
@@ -86,7 +96,18 @@ def plan_decode_kernel(
             inside = r0 + r < num_rows
             ends = tl.load(starts_ptr + 1 + r0 + r, mask=inside, other=2147483647)
             row += tl.sum((ends[None, :] <= at[:, None]).to(tl.int32), 1)
-        tl.store(bins_ptr + b0 + b, row, mask=b0 + b < NUM_BINS)
+        real, record = b0 + b < NUM_BINS, bins_ptr + (b0 + b) * FIELDS
+        some = real & (row < num_rows)
+        tl.store(record, row, mask=real)
+        tl.store(record + 1, tl.minimum(at + size, total), mask=real)
+        tl.store(record + 2, tl.load(starts_ptr + row, mask=some, other=0), mask=real)
+        tl.store(record + 3, tl.load(starts_ptr + row + 1, mask=some, other=0), mask=real)
+        length = tl.load(seq_lens_ptr + row, mask=some, other=0).to(tl.int32)
+        tl.store(record + 4, length, mask=real)
+        token = tl.load(query_start_ptr + row, mask=some, other=0).to(tl.int32)
+        tl.store(record + 5, token, mask=real)
+        tl.store(record + 6, at, mask=real)
+        tl.store(record + 7, size, mask=real)
 
 
 @triton.jit(
@@ -128,6 +149,7 @@ def paged_decode_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: bins · lanes, a lane being a key/value head and BLOCK_H of its query heads.
 
@@ -138,6 +160,7 @@ def paged_decode_kernel(
     LANES: tl.constexpr = KV_HEADS * HEAD_BLOCKS
     SIZE: tl.constexpr = WIDTH + REST
     HEADS: tl.constexpr = GROUP if GROUP < BLOCK_H else BLOCK_H  # rows of a part
+    launch_dependents(PDL)
     lane = tl.program_id(0) % LANES  # neighbours read the same tokens
     bin_ = tl.program_id(0) // LANES
     kv_head = lane // HEAD_BLOCKS
@@ -148,19 +171,25 @@ def paged_decode_kernel(
     d = tl.arange(0, WIDTH_PAD)
     x = tl.arange(0, REST_PAD)
     t = tl.arange(0, TILE)
-    row = tl.load(bins_ptr + bin_)
-    size = tl.load(bins_ptr + NUM_BINS)
-    at = bin_ * size
-    stop = tl.minimum(at + size, tl.load(starts_ptr + num_rows))
+    record = bins_ptr + bin_ * FIELDS
+    wait(PDL)
+    row = tl.load(record)
+    stop = tl.load(record + 1)
+    row_start = tl.load(record + 2)
+    row_stop = tl.load(record + 3)
+    length = tl.load(record + 4)
+    token = tl.load(record + 5)
+    at = tl.load(record + 6)
+    size = tl.load(record + 7)
     while at < stop:
-        row_start = tl.load(starts_ptr + row)
-        row_stop = tl.load(starts_ptr + row + 1)
-        length = tl.load(seq_lens_ptr + row).to(tl.int32)
-        token = tl.load(query_start_ptr + row).to(tl.int64)
+        next_row = tl.minimum(row + 1, num_rows - 1)  # asked for now, needed a row later
+        next_stop = tl.load(starts_ptr + next_row + 1)
+        next_length = tl.load(seq_lens_ptr + next_row).to(tl.int32)
+        next_token = tl.load(query_start_ptr + next_row).to(tl.int32)
         here = tl.minimum(row_stop, stop)
         first = first_seen(length - 1, WINDOW, CHUNK)
         shift = first // TILE - row_start
-        q_at = q_ptr + token * q_stride + head[:, None] * SIZE
+        q_at = q_ptr + token.to(tl.int64) * q_stride + head[:, None] * SIZE
         q = tl.load(q_at + d[None, :], mask=real[:, None] & (d < WIDTH)[None, :], other=0.0)
         if REST > 0:
             q_rest = tl.load(
@@ -203,7 +232,8 @@ def paged_decode_kernel(
                 v = v.to(q.dtype)
             acc = tl.dot(p.to(q.dtype), v, acc * factor[:, None], input_precision="ieee")
             m = top
-        out_at = out_ptr + (token * (KV_HEADS * GROUP) + head[:, None]) * WIDTH
+        out_row = out_ptr + token.to(tl.int64) * (KV_HEADS * GROUP * WIDTH)
+        out_at = out_row + head[:, None] * WIDTH
         out_mask = real[:, None] & (d < WIDTH)[None, :]
         if (at == row_start) & (here == row_stop):
             if sinks_ptr is not None:
@@ -229,7 +259,7 @@ def paged_decode_kernel(
             if arrived == last_bin - first_bin:
                 tl.store(counter, 0)
                 _merge(
-                    out_ptr + (token * (KV_HEADS * GROUP) + kv_head * GROUP) * WIDTH,
+                    out_row + kv_head * (GROUP * WIDTH),
                     parts_ptr,
                     sums_ptr,
                     sinks_ptr,
@@ -246,6 +276,7 @@ def paged_decode_kernel(
                 )
         at = here
         row += 1
+        row_start, row_stop, length, token = row_stop, next_stop, next_length, next_token
 
 
 @triton.jit
@@ -267,58 +298,48 @@ def _merge(
 ):
     """Merge one row's parts, some bins and columns at a time. out_ptr: the group's first head."""
     ROWS: tl.constexpr = triton.next_power_of_2(HEADS)
-    COLUMNS: tl.constexpr = min(WIDTH_PAD, max(16, 4096 // ROWS))
-    BINS: tl.constexpr = max(1, min(16, 4096 // (ROWS * COLUMNS)))
-    SUM_BINS: tl.constexpr = max(1, min(32, 2048 // ROWS))
+    COLUMNS: tl.constexpr = min(WIDTH_PAD, max(16, 8192 // ROWS))
+    BINS: tl.constexpr = max(1, min(16, 8192 // (ROWS * COLUMNS)))
     g = tl.arange(0, ROWS)
-    some = g < HEADS
-    m = tl.full([ROWS], MASKED, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    c = tl.arange(0, SUM_BINS)
-    for b0 in range(first_bin, last_bin + 1, SUM_BINS):
-        b = b0 + c
-        mask = (b <= last_bin)[:, None] & some[None, :]
-        part = (b * LANES + lane) * 2 + (b == first_bin).to(tl.int32)
-        at = sums_ptr + (part * 2 * HEADS)[:, None] + g[None, :]
-        # .cg: from L2, since other processors wrote it
-        tops = tl.load(at, mask=mask, other=MASKED, cache_modifier=".cg")
-        sums = tl.load(at + HEADS, mask=mask, other=0.0, cache_modifier=".cg")
-        top = tl.maximum(m, tl.max(tops, 0))
-        total = total * tl.exp2(m - top) + tl.sum(sums * tl.exp2(tops - top[None, :]), 0)
-        m = top
-    in_group = first_in_group + g
-    real = some & (in_group < GROUP)
-    inverse = 1.0 / tl.maximum(total, 1e-30)
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + first_head + in_group, mask=real, other=0.0)
-        factor, total = with_sink(m, total, sink)
-        inverse = factor / total
-    c2 = tl.arange(0, BINS)
+    c = tl.arange(0, BINS)
     d = tl.arange(0, COLUMNS)
+    in_group = first_in_group + g
+    some = g < HEADS
+    real = some & (in_group < GROUP)
     for d0 in tl.static_range(0, WIDTH_PAD, COLUMNS):
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         columns = d0 + d < WIDTH
+        m = tl.full([ROWS], MASKED, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         for b0 in range(first_bin, last_bin + 1, BINS):
-            b = b0 + c2
+            b = b0 + c
             mask = (b <= last_bin)[:, None] & some[None, :]
             part = (b * LANES + lane) * 2 + (b == first_bin).to(tl.int32)
-            tops = tl.load(
-                sums_ptr + (part * 2 * HEADS)[:, None] + g[None, :],
-                mask=mask,
-                other=MASKED,
-                cache_modifier=".cg",
-            )
+            at = sums_ptr + (part * 2 * HEADS)[:, None] + g[None, :]
             lines = (part.to(tl.int64) * HEADS)[:, None] + g[None, :]
+            # .cg: from L2, since other processors wrote it
+            tops = tl.load(at, mask=mask, other=MASKED, cache_modifier=".cg")
+            sums = tl.load(at + HEADS, mask=mask, other=0.0, cache_modifier=".cg")
             values = tl.load(
                 parts_ptr + lines[:, :, None] * WIDTH + (d0 + d)[None, None, :],
                 mask=mask[:, :, None] & columns[None, None, :],
                 other=0.0,
                 cache_modifier=".cg",
             )
-            acc += tl.sum(values * tl.exp2(tops - m[None, :])[:, :, None], 0)
+            top = tl.maximum(m, tl.max(tops, 0))
+            weights = tl.exp2(tops - top[None, :])
+            factor = tl.exp2(m - top)
+            total = total * factor + tl.sum(sums * weights, 0)
+            acc = acc * factor[:, None] + tl.sum(values * weights[:, :, None], 0)
+            m = top
+        if sinks_ptr is not None:
+            sink = tl.load(sinks_ptr + first_head + in_group, mask=real, other=0.0)
+            factor, total = with_sink(m, total, sink)
+            acc *= factor[:, None]
+        out = acc / tl.maximum(total, 1e-30)[:, None]
         tl.store(
             out_ptr + in_group[:, None] * WIDTH + (d0 + d)[None, :],
-            (acc * inverse[:, None]).to(out_ptr.dtype.element_ty),
+            out.to(out_ptr.dtype.element_ty),
             mask=real[:, None] & columns[None, :],
         )
 
@@ -345,7 +366,7 @@ class Shape:
     def block_h(self) -> int:
         """Query heads of a program."""
         limit = 64 if self.width * self.itemsize <= 1024 else 32
-        return max(16, min(limit, int(triton.next_power_of_2(self.group))))
+        return max(16, min(limit, power_of_2(self.group)))
 
     @property
     def lanes(self) -> int:
@@ -355,39 +376,49 @@ class Shape:
     @property
     def width_pad(self) -> int:
         """A power of two, and what a tensor core takes."""
-        return max(16, int(triton.next_power_of_2(self.width)))
+        return max(16, power_of_2(self.width))
 
     @property
     def rest_pad(self) -> int:
         """The same of `rest`."""
-        return max(16, int(triton.next_power_of_2(self.rest)))
+        return max(16, power_of_2(self.rest))
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the work is cut. bins: of the whole grid; min_tiles: that a bin has at least."""
+    """How the work is cut: keys of a tile, bins, tiles that a bin has at least, warps, stages.
+
+    max_parts: that a row is merged of, since one program reads them all; there may be one more.
+    """
 
     tile: int
     bins: int
     min_tiles: int
     num_warps: int
     num_stages: int
+    max_parts: int = 1 << 20
 
 
-def tune(shape: Shape, num_rows: int, processors: int) -> Tuning:
+def tune(shape: Shape, processors: int, capability: tuple[int, int]) -> Tuning:
     """The constants that were measured to serve best (benchmarks/RESULTS.md), kept in memory."""
     big = shape.width_pad * shape.itemsize  # bytes of a value
-    tile = 64 if big <= 256 else 32 if big <= 512 else 16
+    tokens, each, num_stages = 128, 2, 3
+    tile = 128 if big <= 256 else 64 if big <= 512 else 32
+    if capability in ((8, 6), (8, 9)) or shape.block_h > 16:
+        tile = max(16, tile // 2)  # 99 KiB of shared memory; registers
     if shape.itemsize == 4:
         tile = 16  # no tensor core multiplies float32 exactly: registers hold all of it
-    programs = processors * 2 if big <= 512 else processors
-    num_warps = 4 if shape.block_h * shape.width_pad <= 64 * 128 else 8
+    num_warps = 4
+    if shape.block_h * shape.width_pad > 64 * 128:
+        num_warps, each, num_stages = (8, 1, 2) if shape.block_h > 16 else (4, 2, 3)
+    heads = min(shape.group, shape.block_h)
     return Tuning(
         tile=tile,
-        bins=max(1, programs // shape.lanes),
-        min_tiles=max(1, 64 // tile),
+        bins=max(1, processors * each // shape.lanes),
+        min_tiles=max(1, tokens // tile),
         num_warps=num_warps,
-        num_stages=3 if big <= 512 else 2,
+        num_stages=num_stages,
+        max_parts=max(8, (1 << 20) // (heads * shape.width * 4)),
     )
 
 
@@ -420,7 +451,7 @@ def plan_decode(
         shape,
         tuning,
         starts=torch.empty(rows + 1, dtype=torch.int32, device=where),
-        bins=torch.empty(tuning.bins + 1, dtype=torch.int32, device=where),
+        bins=torch.empty((tuning.bins, FIELDS.value), dtype=torch.int32, device=where),
         counters=torch.empty(rows * shape.lanes, dtype=torch.int32, device=where),
         parts=torch.empty(parts * shape.width, dtype=torch.float32, device=where),
         sums=torch.empty(parts * 2, dtype=torch.float32, device=where),
@@ -435,6 +466,7 @@ def plan_decode(
         plan.counters.shape[0],
         **plan_constants(shape, tuning),
         num_warps=4,
+        **dependent(seq_lens),
     )
     return plan
 
@@ -491,15 +523,17 @@ def paged_decode(
         CAP=bool(softcap),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **dependent(q),
     )
 
 
 def plan_constants(shape: Shape, tuning: Tuning) -> dict[str, int]:
-    """Of `plan_decode_kernel`."""
+    """Of `plan_decode_kernel`, but for PDL."""
     return {
         "NUM_BINS": tuning.bins,
         "TILE": tuning.tile,
         "MIN_TILES": tuning.min_tiles,
+        "MAX_PARTS": tuning.max_parts,
         "WINDOW": shape.window,
         "CHUNK": shape.chunk,
         "ROWS": 128,
@@ -508,7 +542,7 @@ def plan_constants(shape: Shape, tuning: Tuning) -> dict[str, int]:
 
 
 def constants(shape: Shape, tuning: Tuning) -> dict[str, int | bool]:
-    """Of `paged_decode_kernel`, but for CAP."""
+    """Of `paged_decode_kernel`, but for CAP and PDL."""
     return {
         "KV_HEADS": shape.kv_heads,
         "GROUP": shape.group,
@@ -534,9 +568,12 @@ def variants(
     cap: bool = False,
     slopes: bool = False,
     sinks: bool = False,
+    capability: tuple[int, int] = (9, 0),
 ) -> list[Variant]:
-    """Plan and kernel of one shape, as `tune` would have them."""
-    tuning = tune(shape, 32, 132)
+    """Plan and kernel of one shape, as `tune` would have them on `capability`."""
+    tuning = tune(shape, 132, capability)
+    major, minor = capability
+    sm, pdl = 10 * major + minor, {"PDL": capability >= (9, 0)}
     lists = ("seq_lens_ptr", "query_start_ptr", "table_ptr")
     types = {name: "*i64" for name in lists}
     types |= {name: "*i32" for name in ("starts_ptr", "bins_ptr", "counters_ptr")}
@@ -555,20 +592,22 @@ def variants(
     def variant(kernel, name: str, constants, **options) -> Variant:
         names = [n for n in kernel.arg_names if n in given]
         return Variant(
-            label=f"{name} {label} {dtype}",
+            label=f"{name} {label} {dtype} as for sm_{sm}",
             kernel=kernel,
             types={n: given[n] for n in names},
             constants=constants,
             unaligned=tuple(n for n in plain if n in names),
+            capability=sm,
+            newest=sm,
             **options,
         )
 
     return [
-        variant(plan_decode_kernel, "plan_decode", plan_constants(shape, tuning)),
+        variant(plan_decode_kernel, "plan_decode", plan_constants(shape, tuning) | pdl),
         variant(
             paged_decode_kernel,
             "paged_decode",
-            constants(shape, tuning) | {"CAP": cap},
+            constants(shape, tuning) | pdl | {"CAP": cap},
             num_warps=tuning.num_warps,
             num_stages=tuning.num_stages,
             stack=128 if shape.latent else 32,
@@ -576,16 +615,24 @@ def variants(
     ]
 
 
+A100, AD102 = (8, 0), (8, 9)
 AOT = [
     *variants("8×4 heads of 128", Shape(8, 4, 128)),
+    *variants("8×4 heads of 128", Shape(8, 4, 128), capability=A100),
+    *variants("8×4 heads of 128", Shape(8, 4, 128), capability=AD102)[1:],
     *variants("8×8 heads of 64, window, sinks", Shape(8, 8, 64, window=128), sinks=True)[1:],
-    *variants("2×4 heads of 32", Shape(2, 4, 32, itemsize=4), dtype="fp32")[1:],
+    *variants("2×4 heads of 32", Shape(2, 4, 32, itemsize=4), dtype="fp32", capability=A100)[1:],
     *variants("8×4 heads of 128", Shape(8, 4, 128, itemsize=4), dtype="fp32")[1:],
-    *variants("32×1 heads of 96", Shape(32, 1, 96))[1:],
+    *variants("32×1 heads of 96", Shape(32, 1, 96), capability=A100)[1:],
     *variants("32×1 heads of 80, biases", Shape(32, 1, 80), dtype="fp16", slopes=True)[1:],
     *variants("4×2 heads of 256, softcap", Shape(4, 2, 256, window=4096), cap=True)[1:],
+    *variants("4×2 heads of 256", Shape(4, 2, 256), capability=A100)[1:],
+    *variants("4×2 heads of 256", Shape(4, 2, 256), capability=AD102)[1:],
     *variants("8×5 heads of 128, chunk", Shape(8, 5, 128, chunk=8192))[1:],
     *variants("1×71 heads of 64", Shape(1, 71, 64))[1:],
+    *variants("1×71 heads of 64", Shape(1, 71, 64), capability=AD102)[1:],
     *variants("128 heads on latents", Shape(1, 128, 512, 64, latent=True))[1:],
+    *variants("128 heads on latents", Shape(1, 128, 512, 64, latent=True), capability=A100)[1:],
     *variants("16 heads on latents", Shape(1, 16, 512, 64, latent=True))[1:],
+    *variants("16 heads on latents", Shape(1, 16, 512, 64, latent=True), capability=AD102)[1:],
 ]

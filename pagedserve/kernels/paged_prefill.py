@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedserve.kernels.aot import Variant
+from pagedserve.kernels.launch import dependent, launch_dependents, wait
 from pagedserve.kernels.paged_decode import Shape
 from pagedserve.kernels.paged_scores import LOG2E, MASKED, first_seen, in_base_2, with_sink
 
@@ -54,8 +55,11 @@ def plan_prefill_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     SORT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program. starts: [rows + 1] tiles before each row; costs: [max_tiles], scratch."""
+    launch_dependents(PDL)
+    wait(PDL)
     total = 0
     r = tl.arange(0, BLOCK)
     for r0 in range(0, num_rows, BLOCK):
@@ -164,11 +168,14 @@ def paged_prefill_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     CAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """See the module; sizes as in `paged_decode_kernel`. TOKENS · HEADS ≤ BLOCK_M."""
     HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     LANES: tl.constexpr = KV_HEADS * HEAD_BLOCKS
     SIZE: tl.constexpr = WIDTH + REST
+    launch_dependents(PDL)
+    wait(PDL)
     programs = tl.num_programs(0)
     items = tl.load(count_ptr) * LANES
     i = tl.arange(0, BLOCK_M)
@@ -355,6 +362,8 @@ def tune(shape: Shape, processors: int, capability: tuple[int, int]) -> Tuning:
         return Tuning(128 if hopper else 64, 32, processors, 8, 2)
     if small:
         return Tuning(128, 32, processors, 4 if big <= 128 else 8, 2)
+    if hopper:
+        return Tuning(64, 64, processors * 2, 4, 3)
     return Tuning(128, 64, processors, 8, 3)
 
 
@@ -406,9 +415,10 @@ def plan_prefill(
         TOKENS=tokens,
         WINDOW=window,
         CHUNK=chunk,
-        BLOCK=128,
+        BLOCK=64,
         SORT=most <= MAX_SORTED,
         num_warps=8,
+        **dependent(seq_lens),
     )
     return plan
 
@@ -456,11 +466,12 @@ def paged_prefill(
         CAP=bool(softcap),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **dependent(q),
     )
 
 
 def constants(shape: Shape, tuning: Tuning) -> dict[str, int | bool]:
-    """Of `paged_prefill_kernel`, but for CAP."""
+    """Of `paged_prefill_kernel`, but for CAP and PDL."""
     return {
         "KV_HEADS": shape.kv_heads,
         "GROUP": shape.group,
@@ -502,7 +513,7 @@ def variants(
         label=f"paged_prefill {label} {dtype} as for sm_{major}{minor}",
         kernel=paged_prefill_kernel,
         types=types,
-        constants=constants(shape, tuning) | {"CAP": cap},
+        constants=constants(shape, tuning) | {"CAP": cap, "PDL": major >= 9},
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
         unaligned=("table_ptr", "table_stride"),
@@ -520,7 +531,7 @@ PLAN = Variant(
         **{name: "*i32" for name in ("starts_ptr", "costs_ptr", "tiles_ptr", "count_ptr")},
         "num_rows": "i32",
     },
-    constants={"TOKENS": 32, "WINDOW": 0, "CHUNK": 0, "BLOCK": 128, "SORT": True},
+    constants={"TOKENS": 32, "WINDOW": 0, "CHUNK": 0, "BLOCK": 64, "SORT": True, "PDL": False},
     num_warps=8,
     unaligned=("seq_lens_ptr", "query_start_ptr", "num_rows"),
 )

@@ -61,16 +61,23 @@ def _turns(items, programs):
 
 
 @gluon.jit
-def _tile(tiles_ptr, turn, programs, items, HEADS: gl.constexpr):
-    """Of the item at `turn`: row, first token, tokens, position, first key, query head."""
+def _tile(tiles_ptr, turn, programs, items, HEADS: gl.constexpr, GROUP: gl.constexpr):
+    """Of the item at `turn`: row, first token, tokens, position, first key, query head.
+
+    All tiles of the heads that share keys come before the next such heads: so many keys and values
+    fit the GPU's cache.
+    """
     item = gl.minimum(_item(turn, programs), items - 1)
-    at = tiles_ptr + item // HEADS * FIELDS
+    of_group = items // HEADS * GROUP
+    rest = item % of_group
+    head = item // of_group * GROUP + rest % GROUP
+    at = tiles_ptr + rest // GROUP * FIELDS
     row = gl.load(at)
     token = gl.load(at + 1)
     tokens = gl.load(at + 2)
     position = gl.load(at + 3)
     first = gl.load(at + 5)
-    return row, token, tokens, position, first, item % HEADS
+    return row, token, tokens, position, first, head
 
 
 @gluon.jit
@@ -97,7 +104,9 @@ def _producer(
     items = gl.load(count_ptr) * HEADS
     at = 0  # tiles of keys so far
     for turn in range(0, _turns(items, programs)):
-        row, token, tokens, position, first, head = _tile(tiles_ptr, turn, programs, items, HEADS)
+        row, token, tokens, position, first, head = _tile(
+            tiles_ptr, turn, programs, items, HEADS, GROUP
+        )
         stop = position + tokens
         last = (stop - 1) // PAGE
         high = (stop + BN - 1) // BN
@@ -144,7 +153,8 @@ def _producer(
 def _consumer(
     q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
     out_ptr, tiles_ptr, count_ptr, sinks_ptr, scale,
-    HALF: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr,
+    HALF: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    BN: gl.constexpr,
     STAGES: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """Four warps: query rows HALF · 64 … + 63 of each item."""
@@ -167,12 +177,12 @@ def _consumer(
     programs = gl.num_programs(0)
     items = gl.load(count_ptr) * HEADS
     turns = _turns(items, programs)
-    row, token, tokens, position, first, head = _tile(tiles_ptr, 0, programs, items, HEADS)
+    row, token, tokens, position, first, head = _tile(tiles_ptr, 0, programs, items, HEADS, GROUP)
     at = 0  # tiles of keys so far
     for turn in range(0, turns):
         # Asked for now, needed an item later.
         row, token_2, tokens_2, position_2, first_2, head_2 = _tile(
-            tiles_ptr, turn + 1, programs, items, HEADS
+            tiles_ptr, turn + 1, programs, items, HEADS, GROUP
         )
         high = (position + tokens + BN - 1) // BN
         num = high - first // BN
@@ -303,7 +313,7 @@ def paged_prefill_wgmma_kernel(
                 (
                     q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
                     out_ptr, tiles_ptr, count_ptr, sinks_ptr, scale,
-                    0, HEADS, D, BN, STAGES, WINDOW,
+                    0, HEADS, GROUP, D, BN, STAGES, WINDOW,
                 ),
             ),
             (
@@ -311,7 +321,7 @@ def paged_prefill_wgmma_kernel(
                 (
                     q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
                     out_ptr, tiles_ptr, count_ptr, sinks_ptr, scale,
-                    1, HEADS, D, BN, STAGES, WINDOW,
+                    1, HEADS, GROUP, D, BN, STAGES, WINDOW,
                 ),
             ),
             (

@@ -74,6 +74,12 @@ def test_float32_is_right_to_its_rounding(feature: str) -> None:
     check(FEATURES[feature], torch.float32)
 
 
+@pytest.mark.parametrize("feature", ("heads of 128", "heads of 96", "latents, 16 heads"))
+def test_a_small_mixed_batch_for_the_sanitizer(feature: str) -> None:
+    """Every kernel once: compute-sanitizer takes minutes for what the others do in seconds."""
+    check(FEATURES[feature], torch.bfloat16, [(40, 1), (900, 1), (130, 128), (33, 5)])
+
+
 @pytest.mark.parametrize("kv_heads", (1, 2, 8))
 def test_many_short_rows_and_one_long_one(kv_heads: int) -> None:
     attn = Attn(heads=8, kv_heads=kv_heads, head_dim=128, scale=0.1)
