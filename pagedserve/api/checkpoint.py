@@ -31,7 +31,8 @@ class TextSide:
     """What is needed on this side of the channel.
 
     `tokenizer` is None where none is wanted, `template` where the checkpoint has none.
-    `overridden`: what `--hf-overrides` changes, a line a value.
+    `overridden`: what `--hf-overrides` changes, a line a value. `architecture_file`: what the
+    engine process will run of the user's own.
     """
 
     directory: Path
@@ -39,6 +40,7 @@ class TextSide:
     template: ChatTemplate | None
     generation: GenerationConfig
     overridden: list[str]
+    architecture_file: str | None = None
 
     def engine_options(self) -> dict[str, Any]:
         """The options that are settled now, for the engine process."""
@@ -47,6 +49,8 @@ class TextSide:
     def lines(self) -> list[str]:
         """What the user should know of it, in lines."""
         changed = [f"config.json overridden: {line}" for line in self.overridden]
+        if self.architecture_file is not None:
+            changed.append(f"architecture file {self.architecture_file} is run: code of yours")
         return changed + self.generation.lines()
 
 
@@ -79,7 +83,7 @@ def load(model: ModelConfig, on_progress: Tell) -> TextSide:
         )
         generation = generation.ending_with(tokenizer.end_id)
     changes = config_json.changes(plain, overrides)
-    return TextSide(directory, tokenizer, template, generation, changes)
+    return TextSide(directory, tokenizer, template, generation, changes, model.architecture_file)
 
 
 def check_revision(model: ModelConfig) -> None:

@@ -70,7 +70,12 @@ class Given(nn.Module):
 
 
 class Fallback:
-    """A transformers model with its weights, whose attention function is PAGED."""
+    """A transformers model with its weights, whose attention function is PAGED.
+
+    `capturable`: never, as nobody knows what a class asks of the host.
+    """
+
+    capturable = False
 
     def __init__(self, model: Any, spec: FallbackSpec, traced: Traced, dtype: torch.dtype):
         self.model = model
@@ -92,8 +97,8 @@ class Fallback:
         calls = PagedCalls(self.spec.attention, self.modules, kv_layers, backend, plan, self.dtype)
         with torch.inference_mode():
             out = self.body(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.positions[None],
+                input_ids=batch.input_ids.long()[None],
+                position_ids=batch.positions.long()[None],
                 use_cache=False,
                 paged=calls,
             )
@@ -102,11 +107,15 @@ class Fallback:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """See `base.Model`."""
+        return self.head_logits(hidden).float()
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
         """See `base.Model`. The class's own forward, from behind its body on."""
         self.given.hidden = hidden[None]
         ids = torch.zeros((1, hidden.shape[0]), dtype=torch.int64, device=hidden.device)
         with torch.inference_mode():
-            logits: Tensor = self.head(input_ids=ids, use_cache=False).logits[0].float()
+            logits: Tensor = self.head(input_ids=ids, use_cache=False).logits[0]
         self.given.hidden = None
         return logits
 

@@ -73,8 +73,11 @@ class Mask:
     def __getattr__(self, name: str) -> Any:
         raise NotExpressible(OWN_MASK)
 
-    def __getitem__(self, index: Any) -> Any:
-        raise NotExpressible(OWN_MASK)
+    def __getitem__(self, index: Any) -> Mask:
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(part not in (slice(None), slice(0, None), ...) for part in parts):
+            raise NotExpressible(OWN_MASK)
+        return self
 
 
 @dataclass(slots=True)
@@ -208,7 +211,7 @@ def read_mask(
     around every place where the masks that we know differ.
     """
     near = [0, 1, 2, 3, 5, 8, 13, 24, 700]
-    if local_size is not None:
+    if local_size:
         near += [n * local_size + d for n in (1, 2, 3) for d in (-1, 0, 1)]
     at = torch.tensor(sorted({n for n in near if n >= 0}), device="cpu")
     zero = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -216,7 +219,7 @@ def read_mask(
     distance = queries - keys
     causal = distance >= 0
     known = {Mask(): causal}
-    if local_size is not None:
+    if local_size:
         known[Mask(window=local_size)] = causal & (distance < local_size)
         known[Mask(chunk=local_size)] = causal & (queries // local_size == keys // local_size)
     try:

@@ -112,7 +112,7 @@ def find(config: Mapping[str, Any]) -> Found:
 
 def read_config(name: str, kind: Any, config: Mapping[str, Any]) -> Any:
     """transformers' config object. Raises StartupError."""
-    plain = {key: value for key, value in config.items() if key != "auto_map"}
+    plain = {key: numbers(value) for key, value in config.items() if key != "auto_map"}
     try:
         whole = transformers.AutoConfig.for_model(plain.get("model_type", ""))
         whole = type(whole).from_dict(plain)
@@ -122,6 +122,17 @@ def read_config(name: str, kind: Any, config: Mapping[str, Any]) -> Any:
     if getattr(kind, "config_class", None) is type(whole.get_text_config()):
         return whole.get_text_config()
     return whole
+
+
+def numbers(value: Any) -> Any:
+    """A value of config.json, with infinities read that transformers wrote as an object."""
+    if isinstance(value, list):
+        return [numbers(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: numbers(each) for key, each in value.items()}
 
 
 def start(found: Found, asked: Asked, on_progress: Callable[[str], None]) -> Fallback:
