@@ -27,6 +27,15 @@ LAYERS_OF_TWO_KINDS = {
     "sliding_window": 9,
 }
 
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}
+
 ROPES: dict[str, Case] = {
     "rope linear": Case("llama", {"rope_parameters": LINEAR}),
     "rope dynamic within the trained length": Case("llama", {"rope_parameters": DYNAMIC}),
@@ -79,6 +88,11 @@ LLAMAS: dict[str, Case] = {
     "nanochat": Case("nanochat"),
     "bitnet": Case("bitnet"),
     "apertus": Case("apertus"),
+    "apertus 1.5": Case("apertus1p5_text"),
+    "youtu": Case("youtu", LATENT),
+    "youtu with one matrix for queries, stretched": Case(
+        "youtu", {**LATENT, "q_lora_rank": None, "rope_parameters": {**YARN, "mscale_all_dim": 0.7}}
+    ),
     "apertus with biases": Case("apertus", {"attention_bias": True, "rope_parameters": ROPE}),
 }
 

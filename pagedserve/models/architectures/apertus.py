@@ -12,7 +12,7 @@ from pagedserve.models.architectures.llama import (
     mlp,
     rms,
 )
-from pagedserve.models.architectures.registry import Config, arch
+from pagedserve.models.architectures.registry import Config, arch, refuse
 from pagedserve.spec import DecoderSpec, Layer
 
 APERTUS = {
@@ -22,8 +22,9 @@ APERTUS = {
 }
 
 
-@arch("ApertusForCausalLM")
+@arch("ApertusForCausalLM", "Apertus1p5TextForCausalLM")
 def apertus(c: Config) -> DecoderSpec:
+    refuse(c, "output_vocab_size", "post_norm", "mlp_bias")
     return decoder(
         c,
         layer=lambda i: Layer(attn(c, qk_norm=rms(c)), mlp(c, gated=False)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pagedserve.models.architectures.llama import NAMES, attn, biases, decoder, mlp, rms, rope
-from pagedserve.models.architectures.registry import Config, arch
+from pagedserve.models.architectures.registry import Config, arch, refuse
 from pagedserve.spec import DecoderSpec, Layer, Rope
 
 HEAD_NORMS = {"q_norm": "self_attn.query_layernorm", "k_norm": "self_attn.key_layernorm"}
@@ -11,6 +11,7 @@ HEAD_NORMS = {"q_norm": "self_attn.query_layernorm", "k_norm": "self_attn.key_la
 
 @arch("HunYuanDenseV1ForCausalLM")
 def hunyuan(c: Config) -> DecoderSpec:
+    refuse(c, "use_cla")
     attention = attn(c, rope=rotation(c), qk_norm=rms(c), norm_after_rope=True)
     fixed = {"stretched_positions": None} if c["rope_parameters"].get("alpha") else {}
     return decoder(
