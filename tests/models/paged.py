@@ -22,6 +22,7 @@ class PagedRun:
     block_size: int
     seed: int = 0
     kv_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
     tables: list[list[int]] = field(default_factory=list)
 
     def prefill_and_decode(
@@ -67,9 +68,9 @@ class PagedRun:
         cached = spec.cached()
         self.num_blocks = sum(needed) + 5
         shape = (self.num_blocks, kv_cache.block_elements(cached, size, self.kv_dtype))
-        cache = torch.full(shape, torch.nan, dtype=self.kv_dtype)
+        cache = torch.full(shape, torch.nan, dtype=self.kv_dtype, device=self.device)
         self.kv = kv_cache.layer_views(cache, cached, size)
-        self.backend = choose(pick("cpu"), spec, self.kv_dtype, size)
+        self.backend = choose(pick(self.device), spec, self.kv_dtype, size)
 
     def step(
         self, sequences: list[list[int]], rows: list[int], starts: list[int], counts: list[int]
@@ -94,12 +95,12 @@ class PagedRun:
         ]
         ids = [sequences[i][p] for i, span in zip(rows, spans, strict=True) for p in span]
         return Batch(
-            input_ids=torch.tensor(ids),
-            positions=torch.tensor([p for span in spans for p in span]),
-            slot_mapping=torch.tensor(slots),
-            block_tables=torch.tensor(tables),
-            seq_lens=torch.tensor(lens),
-            query_start_loc=torch.tensor([0, *counts]).cumsum(0),
+            input_ids=torch.tensor(ids, device=self.device),
+            positions=torch.tensor([p for span in spans for p in span], device=self.device),
+            slot_mapping=torch.tensor(slots, device=self.device),
+            block_tables=torch.tensor(tables, device=self.device),
+            seq_lens=torch.tensor(lens, device=self.device),
+            query_start_loc=torch.tensor([0, *counts], device=self.device).cumsum(0),
             counts=counts,
             lens=lens,
             num_decodes=sum(n == 1 for n in counts),
