@@ -21,6 +21,15 @@ EXPERTS, TOP_K, SIZE, HIDDEN = 128, 8, 768, 2048
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 2048, 8192)
 COPIES = 3
 FLOPS = 790e12
+SHAPES = [  # rows, columns, k, warps, stages, near
+    moe.Blocks(128, 128, 64, 8, 4, 4),
+    moe.Blocks(128, 128, 64, 8, 4, 64),
+    moe.Blocks(128, 128, 64, 8, 3, 16),
+    moe.Blocks(128, 64, 64, 4, 4, 16),
+    moe.Blocks(64, 128, 64, 4, 4, 16),
+    moe.Blocks(64, 128, 64, 8, 4, 16),
+    moe.Blocks(64, 64, 64, 4, 4, 16),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,17 @@ def run(*, quick: bool, sweep: bool) -> dict[str, Any]:
             moe.ALONE_CHOICES = kept
             name = "ours" if len(limits) == 1 else "alone" if limit else "grouped"
             entry[name] = round(time, 1)
+        if sweep and tokens >= 1024:
+            kept_blocks, times = moe.blocks_for, {}
+            for shape in SHAPES:
+                moe.blocks_for = lambda each, gated, shape=shape: shape
+                launches = [
+                    partial(e.mixture, x, logits, routing, residual=residual) for e in layers
+                ]
+                times[str(shape)] = round(microseconds(launches), 1)
+                moe.blocks_for = kept_blocks
+            show(f"mixture {tokens:5d} {times}")
+            entry["sweep"] = times
         ids = chosen.long()
         entry["torch"] = round(
             microseconds([partial(g.apply, x, weights, ids, on_input=False) for g in grouped]), 1

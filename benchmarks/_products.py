@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -141,7 +141,7 @@ def run(*, quick: bool, sweep: bool) -> dict[str, Any]:
         size_free = (shape.columns, shape.norm, shape.gated, shape.residual, rows)
         if isinstance(choice, SplitK):
             size_free = (shape.gated, shape.residual, max(rows, 16), choice.parts > 1)
-            choice_key: Any = (choice.block_n, choice.block_k, choice.num_warps, choice.num_stages)
+            choice_key: Any = replace(choice, parts=0)
         else:
             choice_key = choice
         distinct.setdefault((size_free, choice_key), (shape, rows, choice))
@@ -200,7 +200,7 @@ def label(choice: Choice) -> str:
     if isinstance(choice, SplitK):
         return (
             f"split {choice.parts} {choice.block_n}x{choice.block_k}"
-            f"/{choice.num_warps}s{choice.num_stages}"
+            f"/{choice.num_warps}s{choice.num_stages}{' early' if choice.early else ''}"
         )
     return "library"
 
@@ -225,12 +225,27 @@ def steps(scratch: Scratch, known: dispatch.Table, quick: bool) -> dict[str, Any
             step = (layers, last, weight, x, kv, (cos, sin), slots, heads)
             found[f"{model} {rows}"] = {
                 "ours": round(microseconds([partial(ours, *step)]) / 1e3, 3),
+                "early": round(microseconds([partial(ours, *early(step))]) / 1e3, 3),
                 "cuBLAS": round(microseconds([partial(theirs, *step)]) / 1e3, 3),
             }
             show(f"step {model} {rows}: {found[f'{model} {rows}']} ms")
         del layers, last, step
         torch.cuda.empty_cache()
     return found
+
+
+def early(step: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same with split_k's first weights read before the wait."""
+    layers, last, *rest = step
+
+    def changed(m: gpu_matrix.GpuMatrix) -> gpu_matrix.GpuMatrix:
+        choices = {
+            key: replace(choice, early=True) if isinstance(choice, SplitK) else choice
+            for key, choice in m.chosen.items()
+        }
+        return gpu_matrix.GpuMatrix(m.weight, m.scratch, m.table, choices)
+
+    return ([[changed(m) for m in layer] for layer in layers], changed(last), *rest)
 
 
 def ours(layers: Any, last: Any, weight: RmsWeight, x: Tensor, *rest: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +63,14 @@ def cases(tokens: int) -> dict[str, Any]:
             lambda: reference.silu_and_mul(gates),
             gates.nbytes * 3 // 2,
         ),
+        **{
+            f"qk_rope_kv by {n}": (
+                partial(qk_rope_kv.qk_rope_kv, qkv, kv, slots, **heads, each=n),
+                by_torch,
+                2 * qkv.nbytes + 2 * cos.nbytes,
+            )
+            for n in (2, 4, 8, 16)
+        },
         "qk_rope_kv": (
             lambda: qk_rope_kv.qk_rope_kv(qkv, kv, slots, **heads),
             by_torch,

@@ -1,8 +1,9 @@
 """Which kernel computes a product: by rows, size and columns, as measured once.
 
-    rows   1 … 4     gemv, with the norm in front and what follows behind
-           5 … 64    split_k, with what follows
-           more      torch's library
+    rows   1                 gemv, with the norm in front and what follows behind
+           2 … 4             the same for small matrices
+           else, up to 64    split_k, with what follows
+           more              torch's library
 
 The built-in rules are those of one measurement (benchmarks/RESULTS.md). `tuning.measure` finds the
 fastest for the matrices of one model on the GPU at hand; a table on disk takes its findings from
@@ -22,9 +23,10 @@ log = logging.getLogger("pagedserve")
 
 FORMAT = 1
 GEMV_ROWS = 4
-SPLIT_ROWS = 64  # of what is fused behind the product
-PLAIN_SPLIT_ROWS = 32
-PROGRAMS_PER_PROCESSOR = 2
+SPLIT_ROWS = 64
+# Gated? → rows → the largest matrix for which a gemv was as fast as the tensor cores.
+MOST_WEIGHTS = {False: {2: 64 << 20, 4: 4 << 20}, True: {2: 8 << 20, 4: 0}}
+BLOCK_N, BLOCK_K = 64, 128  # of split_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class SplitK:
     block_n: int = 64
     block_k: int = 128
     num_warps: int = 4
-    num_stages: int = 4
+    num_stages: int = 5
+    early: bool = False
     kind: Literal["split_k"] = "split_k"
 
 
@@ -97,31 +100,39 @@ class Table:
 
 def by_rule(product: Product, processors: int, capability: int) -> Choice:
     """Without a measurement of this very product."""
-    rows, columns = product.rows, product.columns
-    if columns % 8 or rows > (SPLIT_ROWS if product.gated else PLAIN_SPLIT_ROWS):
+    rows, weights = product.rows, product.size * product.columns
+    if product.columns % 8 or rows > SPLIT_ROWS:
         return Library()
-    if rows <= GEMV_ROWS:
+    if rows <= GEMV_ROWS and weights <= MOST_WEIGHTS[product.gated].get(rows, weights):
         return gemv_blocks(product)
-    stages = 3 if product.gated else 4
-    if capability < 90:
-        stages -= 1  # a block has 99 KiB of shared memory on the smallest of them
-    return SplitK(parts=shares(product, processors), num_stages=stages)
+    return split_blocks(product, processors, capability)
 
 
 def gemv_blocks(product: Product) -> Gemv:
-    """About 32 sums a thread, and rows long enough for 16-byte loads."""
-    lines = 2 if product.gated else 1
-    most = {1: 4096, 2: 2048, 4: 1024}[product.rows] // lines
-    block_k = next((k for k in (2048, 1024) if k <= most and product.columns >= k), 512)
-    block_n = max(1, min(4, 2 * most // (2 * block_k)))
-    return Gemv(block_n, block_k, num_warps=min(4, block_k // 256))
+    """Rows as long as they are, up to 64 sums a thread; fewer outputs where there are few."""
+    lines = product.rows * (2 if product.gated else 1)
+    longest = min(4096 if product.rows == 1 else 2048, 8192 // lines, product.columns)
+    block_k = max(512, 1 << (longest.bit_length() - 1))
+    if block_k >= 2048 and product.size <= 4096 and not product.gated:
+        return Gemv(1, block_k, 4)
+    warps = min(4, block_k // 256)
+    return Gemv(max(1, min(4, 64 * 32 * warps // (block_k * lines))), block_k, warps)
+
+
+def split_blocks(product: Product, processors: int, capability: int) -> SplitK:
+    """About a program a multiprocessor, and as many stages as its shared memory holds."""
+    blocks = -(-product.size // BLOCK_N)
+    waves = blocks > 2 * processors  # several programs on one, each with fewer stages
+    stages = 4 if product.gated else (3 if product.rows > 32 else 4) if waves else 5
+    if capability < 90:
+        stages = 2 if product.gated else 3
+    return SplitK(shares(product, processors), num_stages=stages)
 
 
 def shares(product: Product, processors: int) -> int:
-    """Into how many K is cut so that each multiprocessor has its programs, each two steps of it."""
-    blocks = -(-product.size // 64)
-    most = max(1, -(-product.columns // 128) // 2)
-    return max(1, min(processors * PROGRAMS_PER_PROCESSOR // blocks, most, 16))
+    """Into how many K is cut: none where it is short, else four steps or more each."""
+    blocks, steps = -(-product.size // BLOCK_N), -(-product.columns // BLOCK_K)
+    return max(1, min(processors // blocks, steps // 4, 16)) if steps > 8 else 1
 
 
 def findings(path: Path, identity: dict[str, Any]) -> dict[str, Choice]:

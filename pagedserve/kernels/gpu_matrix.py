@@ -83,6 +83,7 @@ class GpuMatrix:
                 block_k=choice.block_k,
                 num_warps=choice.num_warps,
                 num_stages=choice.num_stages,
+                early=choice.early,
             )
         return library(x, self.weight, bias, gated, limit, residual)
 

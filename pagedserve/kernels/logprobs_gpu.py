@@ -25,13 +25,13 @@ from pagedserve.kernels.sample_gpu import (
     GROUP,
     PAIRS,
     SCAN,
+    SCANS,
     TILE,
     before,
     gather,
     kth_largest,
     ordered,
     reached,
-    scaled_at,
     search,
     unordered,
 )
@@ -105,6 +105,7 @@ def join_kernel(
     CANDIDATES: tl.constexpr,
     GATHERED: tl.constexpr,
     PAIRS: tl.constexpr,
+    SCANS: tl.constexpr,
     SCAN: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -155,7 +156,7 @@ def join_kernel(
             )
             if (found > CANDIDATES) | (found < k):
                 found = gather_by_search(
-                    source, vocab, highest, k, values, tokens, SCAN, CANDIDATES
+                    source, vocab, highest, k, values, tokens, SCANS, SCAN, CANDIDATES
                 )
             tl.debug_barrier()
             c = tl.arange(0, CANDIDATES)
@@ -174,15 +175,23 @@ def join_kernel(
 
 @triton.jit
 def gather_by_search(
-    source, vocab, highest, k, values, tokens, SCAN: tl.constexpr, CANDIDATES: tl.constexpr
+    source,
+    vocab,
+    highest,
+    k,
+    values,
+    tokens,
+    SCANS: tl.constexpr,
+    SCAN: tl.constexpr,
+    CANDIDATES: tl.constexpr,
 ):
     """The k likeliest tokens, those of -inf among them, by an exact threshold. Their number."""
     none = tl.zeros([], tl.float32) + float("-inf")
     low = tl.zeros([], tl.int64) - 0x7F800000  # key of the lowest finite number
     high = ordered(highest).to(tl.int64) + 1
-    low = search(source, vocab, 1.0, none, highest, k, low, high, False, SCAN)
+    low = search(source, vocab, 1.0, none, highest, k, low, high, False, SCANS, SCAN)
     at_least, more, _more = reached(
-        source, vocab, 1.0, none, highest, low, low + 1, low + 1, False, SCAN
+        source, vocab, 1.0, none, highest, low, low + 1, low + 1, False, SCANS, SCAN
     )
     # Where fewer than k are finite, the others are -inf: their key is below `low`.
     threshold = tl.where(at_least >= k, low, -0x7F800001).to(tl.int32)
@@ -191,7 +200,7 @@ def gather_by_search(
     ties = tl.zeros([], tl.int32)
     for start in range(0, vocab, SCAN):
         token = start + tl.arange(0, SCAN)
-        x = scaled_at(source, token, vocab, 1.0)
+        x = tl.load(source + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
         key = tl.where(token < vocab, ordered(x), -0x80000000)
         equal = (key == threshold).to(tl.int32)
         order = ties + tl.cumsum(equal, 0) - equal
@@ -297,6 +306,7 @@ def logprobs(
         CANDIDATES=CANDIDATES,
         GATHERED=GATHERED,
         PAIRS=PAIRS,
+        SCANS=SCANS,
         SCAN=SCAN,
         num_warps=8,
         **dependent(logits),
@@ -348,6 +358,7 @@ AOT = [
             "CANDIDATES": CANDIDATES,
             "GATHERED": GATHERED,
             "PAIRS": PAIRS,
+            "SCANS": SCANS,
             "SCAN": SCAN,
             "PDL": True,
         },

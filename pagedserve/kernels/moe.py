@@ -30,7 +30,7 @@ from pagedserve.kernels.gemv import UNROLLED, inputs_at, weights_at
 from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
 
 MAX_EXPERTS = 1024
-ALONE_CHOICES = 64  # up to so many choices are computed each by itself
+ALONE_CHOICES = 32  # up to so many choices are computed each by itself
 COLUMNS = 1024  # of one program of `combine`
 
 

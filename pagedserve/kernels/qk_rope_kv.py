@@ -22,6 +22,7 @@ from pagedserve.kernels.aot import Variant, older
 from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
 
 HEADS = 4  # of one program
+MANY_TOKENS, MANY_HEADS = 256, 8  # where the GPU is full anyway
 
 
 @triton.jit
@@ -105,12 +106,13 @@ def qk_rope_kv(
     norm: Tensor | None = None,
     eps: float = 1e-6,
     norm_after: bool = False,
+    each: int | None = None,
 ) -> Tensor:
     """Writes keys and values where `slot_mapping` says; returns the queries [T, H, D], contiguous.
 
     qkv: [T, (H + 2K) · D], rows of any stride; kv: [num_blocks, 2, block_size, K, D], any strides
     but the last; slot_mapping: [T] int32 or int64; angles: cos and sin, [T, 1, R] each; norm:
-    weight [H + K, D], q's rows, then k's; `norm_after` the rotation.
+    weight [H + K, D], q's rows, then k's; `norm_after` the rotation; `each`: heads of a program.
     """
     tokens, width = qkv.shape
     kv_heads, dim = kv.shape[3:]
@@ -121,8 +123,9 @@ def qk_rope_kv(
     q = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
     if cos is not None and sin is not None:
         assert cos.stride(-1) == 1 and cos.stride() == sin.stride() and cos.shape[-1] <= dim
+    each = each or (HEADS if tokens < MANY_TOKENS else MANY_HEADS)
     if tokens:
-        qk_rope_kv_kernel[(tokens, triton.cdiv(heads + 2 * kv_heads, HEADS))](
+        qk_rope_kv_kernel[(tokens, triton.cdiv(heads + 2 * kv_heads, each))](
             qkv,
             cos,
             sin,
@@ -140,7 +143,7 @@ def qk_rope_kv(
             D=dim,
             R=0 if cos is None else cos.shape[-1],
             BLOCK_D=power_of_2(dim),
-            HEADS=HEADS,
+            HEADS=each,
             NORM=0 if norm is None else 2 if norm_after else 1,
             num_warps=4,
             **dependent(qkv),

@@ -33,10 +33,12 @@ TILE = 4096
 GROUP = 128
 CANDIDATES = 1024
 GATHERED = 32  # groups looked through at once
-PAIRS = 16
-SCAN = 4096
+PAIRS = 32
+SCAN = 1024  # columns of a search's block
+SCANS = 8  # its rows
 MOST_GROUPS = 512  # top_k whose bound is taken from the groups
-NUCLEUS_GROUPS = 256  # where there is no top_k
+FEW_GROUPS = 64  # where there is no top_k, at first
+NUCLEUS_GROUPS = 384  # and then
 
 GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -60,6 +62,51 @@ def race(scaled, token, seed, position):
     bits = mix(key + token.to(tl.uint64) * GAMMA) >> 41
     u = (bits.to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
     return scaled - tl.log(-tl.log(1.0 - u))  # 1 - u is exact
+
+
+@triton.jit
+def log2_about(x, FAST: tl.constexpr):
+    """By the GPU's own approximation, a dozen instructions less."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def race_about(scaled, token, seed, position, FAST: tl.constexpr):
+    """`race` within 0.003: enough to tell which tokens cannot win a tile."""
+    key = mix(mix(seed.to(tl.uint64) + GAMMA) + position.to(tl.uint64) * GAMMA)
+    bits = mix(key + token.to(tl.uint64) * GAMMA) >> 41
+    u = (bits.to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    exponential = -0.6931471805599453 * log2_about(1.0 - u, FAST)
+    # Where u is small the logarithm has no digits left, and its argument is the answer.
+    exponential = tl.where(u < 0.00390625, u, exponential)
+    return scaled - 0.6931471805599453 * log2_about(exponential, FAST)
+
+
+@triton.jit
+def race_of_tile(x, i, temperature, first, seed, position, FAST: tl.constexpr, TILE: tl.constexpr):
+    """The winner among x [TILE], tokens from `first` on: (its value, its place in the tile).
+
+    Exact for those that come close to the best by approximation: one or two.
+    """
+    scaled = x * tl.div_rn(1.0, temperature)
+    about = race_about(scaled, first + i, seed, position, FAST)
+    top = tl.max(about, 0)
+    close = (about >= top - 0.01 - 1e-6 * tl.abs(top)) & (x > float("-inf"))
+    best = tl.zeros([], tl.float32) + float("-inf")
+    winner = tl.zeros([], tl.int32)
+    at = tl.min(tl.where(close, i, TILE), 0)
+    while at < TILE:
+        raw = tl.sum(tl.where(i == at, x, 0.0), 0)
+        value = race(tl.div_rn(raw, temperature), first + at, seed, position)
+        winner = tl.where(value > best, at, winner)
+        best = tl.maximum(value, best)
+        at = tl.min(tl.where(close & (i > at), i, TILE), 0)
+    return best, winner
 
 
 @triton.jit
@@ -122,41 +169,44 @@ def kth_largest(keys, inside, k):
 
 
 @triton.jit
-def scaled_at(source, token, vocab, temperature):
-    """Of one row, -inf past its end."""
-    x = tl.load(source + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-    return tl.div_rn(x, temperature)
-
-
-@triton.jit
 def reached(
     source,
     vocab,
-    temperature,
+    inverse,
     floor,
     highest,
     one,
     two,
     three,
     MASS: tl.constexpr,
+    SCANS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """How many tokens have keys of at least each of three, or with MASS their Σ exp."""
+    """How many tokens have keys of at least each of three, or with MASS their Σ exp.
+
+    Multiplied by 1 / temperature, which keeps the order. Rows of a block add up within a thread.
+    """
+    at_one = unordered(one.to(tl.int32))
+    at_two = unordered(two.to(tl.int32))
+    at_three = unordered(three.to(tl.int32))
     first = tl.zeros([SCAN], tl.float32 if MASS else tl.int32)
     second = tl.zeros([SCAN], tl.float32 if MASS else tl.int32)
     third = tl.zeros([SCAN], tl.float32 if MASS else tl.int32)
-    for start in range(0, vocab, SCAN):
-        x = scaled_at(source, start + tl.arange(0, SCAN), vocab, temperature)
-        key = tl.where((x >= floor) & (x > float("-inf")), ordered(x), -0x80000000).to(tl.int64)
+    block = tl.arange(0, SCANS)[:, None] * SCAN + tl.arange(0, SCAN)[None, :]
+    for start in range(0, vocab, SCANS * SCAN):
+        token = start + block
+        x = tl.load(source + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+        x *= inverse
+        x = tl.where(x >= floor, x, float("-inf"))
         if MASS:
             weight = tl.exp(x - highest)
-            first += tl.where(key >= one, weight, 0.0)
-            second += tl.where(key >= two, weight, 0.0)
-            third += tl.where(key >= three, weight, 0.0)
+            first += tl.sum(tl.where(x >= at_one, weight, 0.0), 0)
+            second += tl.sum(tl.where(x >= at_two, weight, 0.0), 0)
+            third += tl.sum(tl.where(x >= at_three, weight, 0.0), 0)
         else:
-            first += (key >= one).to(tl.int32)
-            second += (key >= two).to(tl.int32)
-            third += (key >= three).to(tl.int32)
+            first += tl.sum((x >= at_one).to(tl.int32), 0)
+            second += tl.sum((x >= at_two).to(tl.int32), 0)
+            third += tl.sum((x >= at_three).to(tl.int32), 0)
     return tl.sum(first, 0), tl.sum(second, 0), tl.sum(third, 0)
 
 
@@ -164,19 +214,22 @@ def reached(
 def search(
     source,
     vocab,
-    temperature,
+    inverse,
     floor,
     highest,
     wanted,
     low,
     high,
     MASS: tl.constexpr,
+    SCANS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """The highest key from which up there are `wanted` tokens, or there is so much mass."""
     while high - low > 1:
         one, two, three = split(low, high)
-        a, b, c = reached(source, vocab, temperature, floor, highest, one, two, three, MASS, SCAN)
+        a, b, c = reached(
+            source, vocab, inverse, floor, highest, one, two, three, MASS, SCANS, SCAN
+        )
         low, high = narrow(low, high, one, two, three, a >= wanted, b >= wanted, c >= wanted)
     return low
 
@@ -192,52 +245,56 @@ def draw_by_search(
     top_p,
     seed,
     position,
+    SCANS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """The token, by exact thresholds over the whole row. top_k: vocab where there is none."""
+    inverse = tl.div_rn(1.0, temperature)
     bound = tl.zeros([], tl.int64) - 0x7F800000  # key of the lowest finite number
-    top = ordered(highest).to(tl.int64) + 1
+    top = ordered(highest).to(tl.int64) + 4  # a product may be rounded above the quotient
     if top_k < vocab:
-        bound = search(source, vocab, temperature, floor, highest, top_k, bound, top, False, SCAN)
+        bound = search(
+            source, vocab, inverse, floor, highest, top_k, bound, top, False, SCANS, SCAN
+        )
     up = bound + 1
     from_bound, above, _above = reached(
-        source, vocab, temperature, floor, highest, bound, up, up, False, SCAN
+        source, vocab, inverse, floor, highest, bound, up, up, False, SCANS, SCAN
     )
     equals = tl.minimum(from_bound, top_k) - above  # of those at the bound, how many are kept
     threshold = bound
     if top_p < 1.0:
         mass, mass_above, _mass = reached(
-            source, vocab, temperature, floor, highest, bound, up, up, True, SCAN
+            source, vocab, inverse, floor, highest, bound, up, up, True, SCANS, SCAN
         )
         each = tl.exp(unordered(bound.to(tl.int32)) - highest)
         some = mass_above + equals.to(tl.float32) * each
         # More than nothing, or a key above all of them would do for a top_p of 0.
         wanted = tl.maximum(top_p * tl.where(from_bound > top_k, some, mass), 1e-20)
         threshold = search(
-            source, vocab, temperature, floor, highest, wanted, bound, top, True, SCAN
+            source, vocab, inverse, floor, highest, wanted, bound, top, True, SCANS, SCAN
         )
         _mass, mass_above, _none = reached(
-            source, vocab, temperature, floor, highest, threshold, threshold + 1, top, True, SCAN
+            source, vocab, inverse, floor, highest, threshold, threshold + 1, top, True, SCANS, SCAN
         )
         # The tie with j before it is kept while mass_above + j · each < wanted; one always is.
         each = tl.exp(unordered(threshold.to(tl.int32)) - highest)
         kept = tl.minimum(tl.ceil((wanted - mass_above) / each), 1.0e9)
         kept = tl.maximum(kept, 1.0).to(tl.int32)
         equals = tl.where(threshold > bound, kept, tl.minimum(kept, equals))
-    at_least = threshold.to(tl.int32)
+    at_least = unordered(threshold.to(tl.int32))
     ties = tl.zeros([], tl.int32)
     best = tl.zeros([], tl.float32) + float("-inf")
     chosen = tl.zeros([], tl.int32)
     for start in range(0, vocab, SCAN):
         token = start + tl.arange(0, SCAN)
-        x = scaled_at(source, token, vocab, temperature)
+        raw = tl.load(source + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+        x = raw * inverse
         valid = (x >= floor) & (x > float("-inf"))
-        key = ordered(x)
-        equal = (valid & (key == at_least)).to(tl.int32)
+        equal = (valid & (x == at_least)).to(tl.int32)
         order = ties + tl.cumsum(equal, 0) - equal
-        keep = valid & ((key > at_least) | ((equal > 0) & (order < equals)))
-        value = tl.where(keep, race(x, token, seed, position), float("-inf"))
-        here, at = tl.max(value, 0, return_indices=True)
+        keep = valid & ((x > at_least) | ((equal > 0) & (order < equals)))
+        value = race(tl.div_rn(raw, temperature), token, seed, position)
+        here, at = tl.max(tl.where(keep, value, float("-inf")), 0, return_indices=True)
         chosen = tl.where(here > best, start + at, chosen)
         best = tl.maximum(best, here)
         ties += tl.sum(equal, 0)
@@ -364,6 +421,7 @@ def survey_kernel(
     PROCESS: tl.constexpr,
     FILTER: tl.constexpr,
     RACE: tl.constexpr,
+    FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (rows, tiles). FILTER: rows may be filtered; RACE: rows may be drawn."""
@@ -409,17 +467,20 @@ def survey_kernel(
     else:
         at = logits + row * row_stride + token
         x = tl.load(at, mask=token < vocab, other=float("-inf")).to(tl.float32)
-    x = tl.div_rn(x, tl.where(temperature > 0, temperature, 1.0))
+    divisor = tl.where(temperature > 0, temperature, 1.0)
     broken = tl.max((x != x).to(tl.int32), 0)
     highest, at = tl.max(x, 0, return_indices=True)
+    highest = tl.div_rn(highest, divisor)
     # +inf tells `draw` that the row is lost; a comparison with NaN would tell it nothing.
     out = row * tiles + tile
     tl.store(tile_max + out, tl.where(broken != 0, float("inf"), highest))
     tl.store(tile_arg + out, tile * TILE + at)
     if FILTER:
+        # Division keeps the order, so maxima are divided, not all.
         shift = tl.where(highest > float("-inf"), highest, 0.0)
-        tl.store(tile_sum + out, tl.sum(tl.exp(x - shift), 0))
-        groups = tl.max(tl.reshape(x, [TILE // GROUP, GROUP]), 1)
+        scaled = x * tl.div_rn(1.0, divisor)
+        tl.store(tile_sum + out, tl.sum(tl.exp(scaled - shift), 0))
+        groups = tl.div_rn(tl.max(tl.reshape(x, [TILE // GROUP, GROUP]), 1), divisor)
         at_group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
         tl.store(group_max + row * group_stride + at_group, groups)
     if RACE:
@@ -428,8 +489,16 @@ def survey_kernel(
             filtered = (tl.load(counts + slot * 5) > 0) | (tl.load(mine + 1) > 0)
             free = free & ((filtered | (tl.load(mine + 2) < 1.0)) == 0)
         if free:
-            value = race(x, token, tl.load(seeds + slot), position)
-            best, winner = tl.max(value, 0, return_indices=True)
+            best, winner = race_of_tile(
+                x,
+                tl.arange(0, TILE),
+                temperature,
+                tile * TILE,
+                tl.load(seeds + slot),
+                position,
+                FAST,
+                TILE,
+            )
             tl.store(tile_best + out, best)
             tl.store(tile_winner + out, tile * TILE + winner)
 
@@ -465,8 +534,10 @@ def draw_kernel(
     CANDIDATES: tl.constexpr,
     GATHERED: tl.constexpr,
     PAIRS: tl.constexpr,
+    SCANS: tl.constexpr,
     SCAN: tl.constexpr,
     MOST_GROUPS: tl.constexpr,
+    FEW_GROUPS: tl.constexpr,
     NUCLEUS_GROUPS: tl.constexpr,
     FILTER: tl.constexpr,
     RACE: tl.constexpr,
@@ -519,8 +590,10 @@ def draw_kernel(
                         CANDIDATES,
                         GATHERED,
                         PAIRS,
+                        SCANS,
                         SCAN,
                         MOST_GROUPS,
+                        FEW_GROUPS,
                         NUCLEUS_GROUPS,
                     )
             else:
@@ -608,8 +681,10 @@ def draw_filtered(
     CANDIDATES: tl.constexpr,
     GATHERED: tl.constexpr,
     PAIRS: tl.constexpr,
+    SCANS: tl.constexpr,
     SCAN: tl.constexpr,
     MOST_GROUPS: tl.constexpr,
+    FEW_GROUPS: tl.constexpr,
     NUCLEUS_GROUPS: tl.constexpr,
 ):
     """The token of one row. total: Σ exp(scaled - highest) over the whole row."""
@@ -618,38 +693,45 @@ def draw_filtered(
     alive = maxima > float("-inf")
     living = tl.sum(alive.to(tl.int32), 0)
     nucleus = tl.minimum(tl.maximum(living // 2, 1), NUCLEUS_GROUPS)
-    k = tl.where(top_k < vocab, tl.minimum(top_k, MOST_GROUPS), nucleus)
-    bound = tl.full([], float("-inf"), tl.float32)
-    if k <= living:
-        key = kth_largest(ordered(maxima), alive, k)
-        bound = unordered(key.to(tl.int32))
-    above_floor = floor >= bound
-    bound = tl.maximum(bound, floor)
-    found = gather(
-        source,
-        vocab,
-        temperature,
-        bound,
-        maxima,
-        alive,
-        group_list,
-        values,
-        tokens,
-        GROUPS,
-        GROUP,
-        CANDIDATES,
-        GATHERED,
-    )
-    tl.debug_barrier()
+    last = tl.where(top_k < vocab, tl.minimum(top_k, MOST_GROUPS), nucleus)
+    k = tl.where(top_k < vocab, last, tl.minimum(nucleus, FEW_GROUPS))
     c = tl.arange(0, CANDIDATES)
+    open_end = (top_k >= vocab) & (floor == float("-inf"))
+    everything = floor == float("inf")
+    enough = everything
+    found = tl.zeros([], tl.int32)
+    trying = found == 0
+    while trying:
+        bound = tl.zeros([], tl.float32) + float("-inf")
+        if k <= living:
+            bound = unordered(kth_largest(ordered(maxima), alive, k).to(tl.int32))
+        everything = floor >= bound
+        bound = tl.maximum(bound, floor)
+        found = gather(
+            source,
+            vocab,
+            temperature,
+            bound,
+            maxima,
+            alive,
+            group_list,
+            values,
+            tokens,
+            GROUPS,
+            GROUP,
+            CANDIDATES,
+            GATHERED,
+        )
+        tl.debug_barrier()
+        v = tl.load(values + c, mask=c < found, other=float("-inf"))
+        mass = tl.sum(tl.where(c < found, tl.exp(v - highest), 0.0), 0)
+        # All that min-p leaves, or the whole top k, or, without either, the nucleus.
+        enough = everything | (found >= top_k) | (open_end & (mass >= top_p * total))
+        trying = (enough == 0) & (k < last) & (found <= CANDIDATES)
+        k = last
     there = c < found
     v = tl.load(values + c, mask=there, other=float("-inf"))
     weight = tl.where(there, tl.exp(v - highest), 0.0)
-    # All that min-p leaves, or the whole top k, or, without either, the nucleus.
-    everything = above_floor | (bound == float("-inf"))
-    enough = everything | (found >= top_k)
-    open_end = (top_k >= vocab) & (floor == float("-inf"))
-    enough = enough | (open_end & (tl.sum(weight, 0) >= top_p * total))
     if enough & (found <= CANDIDATES):
         rank = tl.zeros([CANDIDATES], tl.int32)
         for first in range(0, found, PAIRS):
@@ -677,7 +759,7 @@ def draw_filtered(
         token = tl.load(tokens + winner)
     else:
         token = draw_by_search(
-            source, vocab, temperature, floor, highest, top_k, top_p, seed, position, SCAN
+            source, vocab, temperature, floor, highest, top_k, top_p, seed, position, SCANS, SCAN
         )
     return token
 
@@ -829,6 +911,7 @@ def sample(
         PROCESS=needs.processed,
         FILTER=filtered,
         RACE=needs.drawn,
+        FAST=logits.is_cuda,
         num_warps=8,
         **dependent(logits),
     )
@@ -863,8 +946,10 @@ def sample(
         CANDIDATES=CANDIDATES,
         GATHERED=GATHERED,
         PAIRS=PAIRS,
+        SCANS=SCANS,
         SCAN=SCAN,
         MOST_GROUPS=MOST_GROUPS,
+        FEW_GROUPS=FEW_GROUPS,
         NUCLEUS_GROUPS=NUCLEUS_GROUPS,
         FILTER=filtered,
         RACE=needs.drawn,
@@ -916,6 +1001,7 @@ def survey_variant(label: str, dtype: str, *, process: bool, filter: bool, race:
             "PROCESS": process,
             "FILTER": filter,
             "RACE": race,
+            "FAST": True,
             "PDL": True,
         },
         num_warps=8,
@@ -949,15 +1035,17 @@ def draw_variant(label: str, dtype: str, vocab: int, *, filter: bool, race: bool
             "CANDIDATES": CANDIDATES,
             "GATHERED": GATHERED,
             "PAIRS": PAIRS,
+            "SCANS": SCANS,
             "SCAN": SCAN,
             "MOST_GROUPS": MOST_GROUPS,
+            "FEW_GROUPS": FEW_GROUPS,
             "NUCLEUS_GROUPS": NUCLEUS_GROUPS,
             "FILTER": filter,
             "RACE": race,
             "PDL": True,
         },
         num_warps=8,
-        unaligned=("tiles", "groups", "vocab"),
+        unaligned=("tiles", "groups"),
         capability=90,
     )
 

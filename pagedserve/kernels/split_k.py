@@ -53,6 +53,7 @@ def split_k_kernel(
     SPLIT: tl.constexpr,
     GATED: tl.constexpr,
     ACT: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (blocks of N, SK). y: [M, N] contiguous; M ≤ BM."""
@@ -72,7 +73,18 @@ def split_k_kernel(
     acc = tl.zeros([BN, BM], tl.float32)
     if GATED:
         acc_u = tl.zeros([BN, BM], tl.float32)
+    if EARLY:
+        # The first block of weights is on its way before the rows are there.
+        w_block = tl.load(w_at + begin * BK, mask=k[None, :] < K - begin * BK, other=0.0)
+        if GATED:
+            u_block = tl.load(u_at + begin * BK, mask=k[None, :] < K - begin * BK, other=0.0)
     wait(PDL)
+    if EARLY:
+        x_block = tl.load(x_at + begin * BK, mask=k[:, None] < K - begin * BK, other=0.0)
+        acc = tl.dot(w_block, x_block, acc)
+        if GATED:
+            acc_u = tl.dot(u_block, x_block, acc_u)
+        begin += 1
     for i in range(begin, end):
         if EVEN_K:
             w_block = tl.load(w_at + i * BK)
@@ -154,6 +166,7 @@ def split_k(
     block_k: int = 128,
     num_warps: int = 4,
     num_stages: int = 5,
+    early: bool = False,
 ) -> Tensor:
     """x: [M, K], rows of any stride; weight: [N, K], with `gated` [2N, K] → [M, N] in x's dtype."""
     rows, columns = x.shape
@@ -189,6 +202,7 @@ def split_k(
         SPLIT=parts > 1,
         GATED=gated,
         ACT=act,
+        EARLY=early,
         num_warps=num_warps,
         num_stages=num_stages,
         **dependent(x),
@@ -207,6 +221,7 @@ def variant(
     even: bool = True,
     bias: bool = False,
     residual: bool = False,
+    early: bool = False,
 ) -> Variant:
     """Of the kernel, for one number of rows."""
     given = {"x": True, "w": True, "y": True, "bias": bias, "residual": residual}
@@ -216,7 +231,12 @@ def variant(
         + "".join(f", {name}" for name in ("bias", "residual") if given[name])
         + "".join(
             f", {name}"
-            for name, on in (("gated", gated), ("split", split), ("odd", not even))
+            for name, on in (
+                ("gated", gated),
+                ("split", split),
+                ("odd", not even),
+                ("early", early),
+            )
             if on
         ),
         split_k_kernel,
@@ -235,6 +255,7 @@ def variant(
             "SPLIT": split,
             "GATED": gated,
             "ACT": "silu" if gated else None,
+            "EARLY": early,
             "PDL": True,
         },
         num_stages=num_stages,
@@ -247,6 +268,9 @@ def variant(
 AOT = [
     variant(16),
     variant(16, residual=True),
+    variant(16, early=True),
+    variant(16, gated=True, split=False, num_stages=4, early=True),
+    variant(64, early=True),
     variant(16, split=False),
     variant(16, gated=True, split=False, num_stages=4),
     variant(16, gated=True, num_stages=4),

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pagedserve.kernels import dispatch, gpu, launch
-from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, SplitK, Table
+from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, Table
 from pagedserve.kernels.gpu_matrix import GpuMatrix
 from pagedserve.kernels.split_k import MAX_PROGRAMS, MAX_ROWS, Scratch
 
@@ -43,13 +44,14 @@ def candidates(product: Product, table: Table) -> list[Choice]:
                 if block_k <= columns and 16 <= sums <= 64:
                     found.append(Gemv(block_n, block_k, min(4, block_k // 256)))
     if rows >= 2:
-        blocks = -(-product.size // 64)
-        usual = dispatch.shares(product, table.processors)
-        for parts in sorted({1, max(1, usual // 2), usual, min(2 * usual, 16)}):
+        blocks = -(-product.size // dispatch.BLOCK_N)
+        rule = dispatch.split_blocks(product, table.processors, table.capability)
+        for parts in sorted({1, max(1, rule.parts // 2), rule.parts, min(2 * rule.parts, 16)}):
             if blocks * parts <= MAX_PROGRAMS or parts == 1:
-                for stages in (3, 4) if product.gated else (3, 4, 5):
-                    if table.capability >= 90 or stages == 3:
-                        found.append(SplitK(parts, num_stages=stages))
+                for stages in range(max(2, rule.num_stages - 1), rule.num_stages + 2):
+                    found.append(replace(rule, parts=parts, num_stages=stages))
+        if table.capability >= 90:
+            found.append(replace(rule, early=True))
     return found
 
 

@@ -9,6 +9,9 @@ from pagedserve.kernels import moe
 from tests.kernels.fused import Place
 from tests.kernels.mixtures import ROUTINGS, Sizes, check_experts, check_routing
 
+# The interpreter is numpy, which warns of infinities.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 HERE = Place(torch.device("cpu"), torch.float32)
 
 

@@ -14,8 +14,8 @@ IDENTITY = {"gpu": "one", "triton": "3.6.0"}
 
 
 def test_few_rows_take_gemv_some_split_k_and_many_the_library() -> None:
-    kinds = [by_rule(Product(rows, 4096, 4096), 132, 90).kind for rows in (1, 4, 8, 32, 64, 128)]
-    assert kinds == ["gemv", "gemv", "split_k", "split_k", "library", "library"]
+    kinds = [by_rule(Product(rows, 4096, 4096), 132, 90).kind for rows in (1, 2, 4, 8, 64, 128)]
+    assert kinds == ["gemv", "gemv", "split_k", "split_k", "split_k", "library"]
 
 
 def test_a_row_that_is_no_multiple_of_16_bytes_is_the_library_s() -> None:
@@ -28,17 +28,29 @@ def test_a_row_that_is_no_multiple_of_16_bytes_is_the_library_s() -> None:
 def test_a_gemv_s_threads_load_16_bytes_and_hold_at_most_64_sums(
     rows: int, columns: int, gated: bool
 ) -> None:
-    choice = by_rule(Product(rows, 1000, columns, gated), 132, 90)
-    assert isinstance(choice, Gemv)
+    choice = dispatch.gemv_blocks(Product(rows, 1000, columns, gated))
     assert choice.block_k >= 256 * choice.num_warps
     sums = rows * choice.block_n * choice.block_k * (2 if gated else 1)
     assert sums <= 64 * 32 * choice.num_warps
 
 
-def test_shares_fill_the_gpu_and_leave_each_two_steps() -> None:
-    assert dispatch.shares(Product(8, 4096, 4096), 132) == 4
-    assert dispatch.shares(Product(8, 1024, 512), 132) == 2
+def test_shares_fill_the_gpu_and_leave_each_four_steps() -> None:
+    assert dispatch.shares(Product(8, 4096, 4096), 132) == 2
+    assert dispatch.shares(Product(8, 1024, 2048), 132) == 4
+    assert dispatch.shares(Product(8, 1024, 1024), 132) == 1
     assert dispatch.shares(Product(8, 100000, 4096), 132) == 1
+
+
+@pytest.mark.parametrize(("capability", "shared"), ((80, 99), (90, 227)))
+@pytest.mark.parametrize("size", (1000, 100000))
+@pytest.mark.parametrize("gated", (False, True))
+def test_stages_fit_into_the_shared_memory_of_a_block(
+    capability: int, shared: int, size: int, gated: bool
+) -> None:
+    for rows in (16, 32, 64):
+        choice = dispatch.split_blocks(Product(rows, size, 4096, gated), 132, capability)
+        stage = 2 * choice.block_k * (choice.block_n * (2 if gated else 1) + rows)
+        assert choice.num_stages * stage <= shared << 10
 
 
 def test_findings_come_back_from_disk_and_win_over_the_rules(tmp_path: Path) -> None:

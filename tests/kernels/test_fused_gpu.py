@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from pagedserve.kernels import dispatch, launch
+from pagedserve.kernels import dispatch, gpu, launch, tuning
 from pagedserve.kernels.activation import GATED
 from pagedserve.kernels.dispatch import Choice, Gemv, Product, SplitK
 from pagedserve.kernels.gpu_matrix import GpuMatrix
@@ -80,6 +82,13 @@ def test_blocks_of_a_gemv(choice: Choice, rows: int) -> None:
 def test_shares_of_a_product(choice: Choice, rows: int) -> None:
     check_product(BFLOAT, rows, 200, 4104, choice, bias=True, residual=True)
     check_product(BFLOAT, rows, 1024, 2048, choice, gated="silu")
+
+
+def test_tuning_finds_a_kernel_and_keeps_it(tmp_path: Path) -> None:
+    products = [Product(1, 256, 512), Product(16, 256, 512, True)]
+    found = tuning.measure(products, BFLOAT.device, tmp_path)
+    kept = gpu.GpuKernels.on(BFLOAT.device, tmp_path).table
+    assert kept.findings == found.findings and set(found.findings) == {p.key for p in products}
 
 
 def test_the_same_product_has_the_same_bits() -> None:
