@@ -3,6 +3,8 @@
 The room knows tokenizers, chat templates, stop strings and how tokens become pieces of an answer.
 It knows no HTTP, no engine process and no torch.
 
+    files.py        what the JSON files beside a tokenizer say
+    formats/        tokenizers in every format, each made one of the library's
     tokenizer.py    text → token ids, token ids → text, what a single token looks like
     chat.py         messages → prompt text, by the model's own template
     detokenizer.py  token after token → pieces of text, never half a character
