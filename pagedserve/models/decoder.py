@@ -58,7 +58,7 @@ class Block:
             return self.in_parallel(x, forward)
         if self.order == "post":
             for part, norm in ((self.attention, self.pre_attn), (self.ffn, self.pre_ffn)):
-                x = normed(norm, x if part is None else part(x, x, forward))
+                x = normed(norm, self.add(part, x, x, None, forward))
             return x
         if self.order == "normed":
             x = normed(self.pre_attn, x)
