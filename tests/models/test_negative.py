@@ -29,7 +29,7 @@ from tests.models.test_defaults import normalised
 
 PROMPT = torch.randint(3, 250, (43,), generator=torch.Generator().manual_seed(5)).tolist()
 MOVED = 1e-4  # of the largest logit: ten times what parity allows
-EACH = 5  # bends of a case in the sample
+EACH = 10  # bends of a case in the sample
 EMBED_SCALE, EXPERT_SCALE = "embed_scale of DecoderSpec", "layers.ffn.scale of Moe"
 AFTER_ROPE = "layers.attn.norm_after_rope of Attn"
 NORMED = "a norm behind the embedding takes out what scales it"
