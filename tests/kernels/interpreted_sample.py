@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CPU = torch.device("cpu")
 SMALL = {"TILE": 64, "GROUP": 8, "CANDIDATES": 32, "GATHERED": 2, "PAIRS": 4}
-SCANNED = {"SCAN": 16, "SCANS": 2}
+SCANNED = {"SCAN": 32, "SCANS": 4}
 SMALLER = {"MOST_GROUPS": 16, "FEW_GROUPS": 2, "NUCLEUS_GROUPS": 8, "SEEN": 16, "SPARSE": 4}
 
 
@@ -27,8 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sample_gpu, name, value)
 
 
-@pytest.mark.parametrize("vocab", (7, 64, 130, 257))
-@pytest.mark.parametrize("spread", (0.1, 3.0))
+@pytest.mark.parametrize(("vocab", "spread"), ((7, 3.0), (64, 0.1), (130, 0.1), (130, 3.0)))
 def test_the_tokens_of_a_sort(vocab: int, spread: float) -> None:
     assert check_sampling(CPU, vocab, spread=spread, dtype=torch.float32, processed=False) == 0
 
