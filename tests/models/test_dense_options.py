@@ -24,6 +24,12 @@ def windows(spec: DecoderSpec) -> list[int | None]:
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("Gemma3ForCausalLM", "gemma3_text", {"use_bidirectional_attention": True}, "bidirectional"),
     ("Gemma2ForCausalLM", "gemma2", {"layer_types": ["linear_attention"] * 26}, "layer_types has"),
+    (
+        "Gemma2ForCausalLM",
+        "gemma2",
+        {"layer_types": ["full_attention"] * 3},
+        "names 3 layers of 26",
+    ),
     ("IQuestCoderForCausalLM", "iquestcoder", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
     ("Apertus1p5TextForCausalLM", "apertus1p5_text", {"output_vocab_size": 99}, "output_vocab"),
     ("ApertusForCausalLM", "apertus", {"post_norm": True}, "post_norm True"),

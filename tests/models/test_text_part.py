@@ -36,6 +36,12 @@ WINDOWS = {"sliding_window": 8, "num_hidden_layers": 7}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3", {"model_type": "gemma3_text", **WINDOWS}, VISION),
     "mistral3": ("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral", **VISION}),
+    "llava": ("llava", {"model_type": "llama"}, {"model_type": "clip_vision_model", **VISION}),
+    "llava next": (
+        "llava_next",
+        {"model_type": "mistral", "sliding_window": 9},
+        {"model_type": "clip_vision_model", **VISION},
+    ),
     "mistral3 of ministral3": (
         "mistral3",
         {"model_type": "ministral3", "rope_parameters": YARN},

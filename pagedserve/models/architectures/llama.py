@@ -140,7 +140,7 @@ def kinds(c: Config, full_every: int | None = None) -> list[str]:
     """Every layer's kind, one of `KINDS`.
 
     Where the file does not say: every `full_every`th is full, the last of so many; without it all
-    slide if there is a window. Raises StartupError for a kind that is not known.
+    slide if there is a window. Raises StartupError for a kind that is not known, and for too few.
     """
     given, count = c.get("layer_types"), c["num_hidden_layers"]
     if given is None:
@@ -148,6 +148,8 @@ def kinds(c: Config, full_every: int | None = None) -> list[str]:
             given = [KINDS[1] if c.get("sliding_window") else KINDS[0]] * count
         else:
             given = [KINDS[(i + 1) % full_every != 0] for i in range(count)]
+    if len(given) < count:
+        raise StartupError(f"config.json: layer_types names {len(given)} layers of {count}")
     for kind in given:
         if kind not in KINDS:
             raise StartupError(

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 from pagedserve.errors import StartupError
 from pagedserve.models.architectures.gemma import gemma3
+from pagedserve.models.architectures.llama import llama
 from pagedserve.models.architectures.ministral import ministral3
 from pagedserve.models.architectures.mistral import mistral
+from pagedserve.models.architectures.qwen2 import qwen2
 from pagedserve.models.architectures.registry import Builder, Config, arch
 from pagedserve.models.architectures.values import check_values
 from pagedserve.spec import DecoderSpec
@@ -21,7 +23,7 @@ RENAMES = (
     (r"^(model\.)?language_model\.(model\.)?", "model."),
     (r"^model\.lm_head\.", "lm_head."),
 )
-IMAGES = (r"^(model\.)?(vision_tower|multi_modal_projector)\.",)
+IMAGES = (r"^(model\.)?(vision_tower\.|multi_modal_projector\.|image_newline$)",)
 
 
 @arch("Gemma3ForConditionalGeneration")
@@ -32,6 +34,11 @@ def gemma3_text(c: Config) -> DecoderSpec:
 @arch("Mistral3ForConditionalGeneration")
 def mistral3_text(c: Config) -> DecoderSpec:
     return text_part(c, {"mistral": mistral, "ministral3": ministral3})
+
+
+@arch("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
+def llava_text(c: Config) -> DecoderSpec:
+    return text_part(c, {"llama": llama, "mistral": mistral, "qwen2": qwen2})
 
 
 def text_part(c: Config, families: Mapping[str, Builder]) -> DecoderSpec:
