@@ -32,6 +32,10 @@ bench: .venv/.test ## run the benchmarks, or BENCH=benchmarks/one.py; each print
 demo: .venv/.test ## train the demo model into OUT (build/demo); best on a GPU
 	$(PYTHON) examples/train_demo/train.py --out $(OUT) $(ARGS)
 
+docs: .venv/.test ## write docs/models.md from the code and the catalogue
+	@mkdir -p build
+	$(PYTHON) -m pagedserve.models.catalog_page > build/models.md.part && mv build/models.md.part docs/models.md
+
 clean: ## remove the environment and every cache
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -49,4 +53,4 @@ clean: ## remove the environment and every cache
 
 # One pip at a time in one environment, also under make -j.
 .NOTPARALLEL:
-.PHONY: help serve test check bench demo clean
+.PHONY: help serve test check bench demo docs clean

@@ -78,7 +78,7 @@ class Fallback:
     capturable = False
 
     def __init__(self, model: Any, spec: FallbackSpec, traced: Traced, dtype: torch.dtype):
-        self.model = model
+        self.model = model.requires_grad_(False)
         self.spec = spec
         self.dtype = dtype
         self.modules = traced.modules

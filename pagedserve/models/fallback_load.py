@@ -260,6 +260,7 @@ def checkpoint(found: Found, asked: Asked) -> Any:
             dtype=asked.dtype,
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # to be told of all of them, below
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -272,7 +273,8 @@ def checkpoint(found: Found, asked: Asked) -> Any:
         ("unexpected_keys", "holds {} tensors that its architecture does not use: {}"),
         ("mismatched_keys", "holds {} tensors of other shapes than config.json asks for: {}"),
     ):
-        if names := sorted(str(name) for name in info.get(kind) or ()):
+        found_keys = info.get(kind) or ()
+        if names := sorted(k if isinstance(k, str) else str(k[0]) for k in found_keys):
             raise StartupError(f"{directory} {words.format(len(names), listing(names))}")
     return model.eval().to(asked.device.torch)
 

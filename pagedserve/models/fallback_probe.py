@@ -18,7 +18,6 @@ from pagedserve.models.fallback_attention import NotExpressible, NumbersNeeded, 
 from pagedserve.spec import Attn
 
 TOKENS = 5  # of the probe: prime, so that it cannot be taken for another size
-OTHER_LAYERS = ("mamba", "ssm", "shortconv", "recurrent", "delta", "linearattention", "lightning")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ def trace(model: Any, num_layers: int) -> Traced:
     ids = torch.arange(TOKENS, device=model.device)[None]
     hook = body(model).register_forward_hook(lambda *call: kept.append(call[-1]))
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode, in which `OnMeta` would see compound ops whole
             out = model(
                 input_ids=ids,
                 position_ids=ids,
@@ -91,7 +90,7 @@ def check_layers(model: nn.Module, recorder: Recorder, num_layers: int) -> None:
     if calls < num_layers:
         raise NotExpressible(
             f"only {calls} of its {num_layers} layers call the attention function"
-            + other_layers(model)
+            + other_layers(model, recorder, num_layers)
         )
     if calls > num_layers:
         raise NotExpressible(
@@ -101,12 +100,18 @@ def check_layers(model: nn.Module, recorder: Recorder, num_layers: int) -> None:
         raise NotExpressible("it goes through a layer more than once")
 
 
-def other_layers(model: nn.Module) -> str:
-    """The kinds of layers that are no attention, for a message."""
-    found = {type(module).__name__ for module in model.modules()}
-    other = sorted(n for n in found if any(word in n.lower() for word in OTHER_LAYERS))
-    other = [n for n in other if not n.endswith(("ForCausalLM", "Model"))]
-    return f"; there is {', '.join(other[:3])}" if other else ""
+def other_layers(model: nn.Module, recorder: Recorder, num_layers: int) -> str:
+    """What the layers that called no attention have instead of it, for a message."""
+    called = set(map(id, recorder.modules))
+    calling: set[type] = set()
+    silent: set[type] = set()
+    for layers in model.modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == num_layers:
+            for layer in layers:
+                calls = any(id(module) in called for module in layer.modules())
+                (calling if calls else silent).update(map(type, layer.modules()))
+    own = {kind.__name__ for kind in silent - calling if kind.__module__.startswith("transformers")}
+    return f"; there is {', '.join(sorted(own)[:3])}" if own else ""
 
 
 def body(model: Any) -> Any:
