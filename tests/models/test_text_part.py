@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,19 @@ YARN = {
     "original_max_position_embeddings": 16,
     "llama_4_scaling_beta": 0.2,
 }
+MROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+}
+QWEN_VISION = {
+    "depth": 1,
+    "embed_dim": 32,
+    "hidden_size": 64,
+    "out_hidden_size": 64,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 14,
+    "deepstack_visual_indexes": [],
+}
 WINDOWS = {"sliding_window": 8, "num_hidden_layers": 7}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3", {"model_type": "gemma3_text", **WINDOWS}, VISION),
@@ -42,6 +57,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"model_type": "mistral", "sliding_window": 9},
         {"model_type": "clip_vision_model", **VISION},
     ),
+    "qwen2 vl": ("qwen2_vl", {"model_type": "qwen2_vl_text", **MROPE}, QWEN_VISION),
+    "qwen2.5 vl": ("qwen2_5_vl", {"model_type": "qwen2_5_vl_text", **MROPE}, QWEN_VISION),
+    "qwen3 vl": ("qwen3_vl", {"model_type": "qwen3_vl_text", **MROPE}, QWEN_VISION),
     "mistral3 of ministral3": (
         "mistral3",
         {"model_type": "ministral3", "rope_parameters": YARN},
@@ -113,6 +131,28 @@ def test_a_tensor_under_both_names_is_refused(tmp_path: Path) -> None:
     save_file({**tensors, "model.language_model.norm.weight": norm.clone()}, file)
     with pytest.raises(StartupError, match="model.norm.weight twice"):
         load_model(tmp_path, device=pick("cpu"))
+
+
+def test_a_text_part_that_is_the_whole_config_is_read_too(tmp_path: Path) -> None:
+    """Qwen 2.5 VL as published."""
+    model = checkpoint("qwen2.5 vl", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config.pop("text_config")
+    for key in ("rope_parameters", "layer_types", "model_type", "architectures"):
+        text.pop(key, None)
+    rope = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    flat = {**text, **config, "rope_theta": 10000.0, "rope_scaling": rope}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    file = tmp_path / "model.safetensors"
+    tensors = {
+        re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name).replace(
+            "model.visual.", "visual."
+        ): tensor
+        for name, tensor in load_file(file).items()
+    }
+    assert any(name.startswith("visual.") for name in tensors) and "model.norm.weight" in tensors
+    save_file(tensors, file)
+    assert error_against(model, tmp_path) <= 1e-5
 
 
 def test_files_of_the_first_age_say_the_same() -> None:

@@ -14,16 +14,17 @@ from pagedserve.models.architectures.llama import llama
 from pagedserve.models.architectures.ministral import ministral3
 from pagedserve.models.architectures.mistral import mistral
 from pagedserve.models.architectures.qwen2 import qwen2
+from pagedserve.models.architectures.qwen3 import qwen3
 from pagedserve.models.architectures.registry import Builder, Config, arch
 from pagedserve.models.architectures.values import check_values
-from pagedserve.spec import DecoderSpec
+from pagedserve.spec import Attn, DecoderSpec
 
 # Two ages of names: language_model.model.layers.… and model.language_model.layers.…
 RENAMES = (
     (r"^(model\.)?language_model\.(model\.)?", "model."),
     (r"^model\.lm_head\.", "lm_head."),
 )
-IMAGES = (r"^(model\.)?(vision_tower\.|multi_modal_projector\.|image_newline$)",)
+IMAGES = (r"^(model\.)?(vision_tower\.|visual\.|multi_modal_projector\.|image_newline$)",)
 
 
 @arch("Gemma3ForConditionalGeneration")
@@ -41,6 +42,31 @@ def llava_text(c: Config) -> DecoderSpec:
     return text_part(c, {"llama": llama, "mistral": mistral, "qwen2": qwen2})
 
 
+@arch("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+def qwen2_vl_text(c: Config) -> DecoderSpec:
+    if "text_config" not in c:  # so the first files have it
+        return without_images(along_text(qwen2(c)), c)
+    kinds = ("qwen2_vl_text", "qwen2_5_vl_text")
+    return text_part(c, dict.fromkeys(kinds, lambda text: along_text(qwen2(text))))
+
+
+@arch("Qwen3VLForConditionalGeneration")
+def qwen3_vl_text(c: Config) -> DecoderSpec:
+    return text_part(c, {"qwen3_vl_text": lambda text: along_text(qwen3(text))})
+
+
+def along_text(spec: DecoderSpec) -> DecoderSpec:
+    """Where only images have a height and a width, the rotation by three positions is the plain."""
+    layers = []
+    for layer in spec.layers:
+        attn = layer.attn
+        assert isinstance(attn, Attn) and attn.rope is not None
+        if attn.rope.scaling.get("rope_type") in ("mrope", "default"):
+            attn = replace(attn, rope=replace(attn.rope, scaling={}))
+        layers.append(replace(layer, attn=attn))
+    return replace(spec, layers=tuple(layers))
+
+
 def text_part(c: Config, families: Mapping[str, Builder]) -> DecoderSpec:
     """By the `model_type` of its own config. Raises StartupError for one that is not known."""
     text = c["text_config"]
@@ -52,7 +78,11 @@ def text_part(c: Config, families: Mapping[str, Builder]) -> DecoderSpec:
             f"config.json: text_config has model_type {kind!r}; supported: {', '.join(families)}"
         )
     check_values(text, "config.json: text_config")
-    spec = families[kind](text)
+    return without_images(families[kind](text), c)
+
+
+def without_images(spec: DecoderSpec, c: Config) -> DecoderSpec:
+    """`spec` by the names of the whole checkpoint, whose config is `c`."""
     return replace(
         spec,
         renames=RENAMES,
