@@ -18,6 +18,7 @@ from typing import Any
 from pagedserve.config import ModelConfig
 from pagedserve.errors import StartupError
 from pagedserve.models import config_json, generation_config
+from pagedserve.models.architectures import is_native
 from pagedserve.models.generation_config import GenerationConfig
 from pagedserve.models.tokenizer_classes import tokenizer_classes
 from pagedserve.text.chat import ChatTemplate, load_text
@@ -32,7 +33,8 @@ class TextSide:
 
     `tokenizer` is None where none is wanted, `template` where the checkpoint has none.
     `overridden`: what `--hf-overrides` changes, a line a value. `architecture_file`: what the
-    engine process will run of the user's own.
+    engine process will run of the user's own. `through_transformers`: there is no native family, or
+    `--model-impl` says so.
     """
 
     directory: Path
@@ -41,6 +43,7 @@ class TextSide:
     generation: GenerationConfig
     overridden: list[str]
     architecture_file: str | None = None
+    through_transformers: bool = False
 
     def engine_options(self) -> dict[str, Any]:
         """The options that are settled now, for the engine process."""
@@ -51,6 +54,8 @@ class TextSide:
         changed = [f"config.json overridden: {line}" for line in self.overridden]
         if self.architecture_file is not None:
             changed.append(f"architecture file {self.architecture_file} is run: code of yours")
+        if self.through_transformers:
+            changed.append("model code: transformers' own, with our attention and cache")
         return changed + self.generation.lines()
 
 
@@ -83,7 +88,22 @@ def load(model: ModelConfig, on_progress: Tell) -> TextSide:
         )
         generation = generation.ending_with(tokenizer.end_id)
     changes = config_json.changes(plain, overrides)
-    return TextSide(directory, tokenizer, template, generation, changes, model.architecture_file)
+    return TextSide(
+        directory,
+        tokenizer,
+        template,
+        generation,
+        changes,
+        architecture_file=model.architecture_file,
+        through_transformers=through_transformers(model, config_json.merged(plain, overrides)),
+    )
+
+
+def through_transformers(model: ModelConfig, config: dict[str, Any]) -> bool:
+    """Whether the engine will say so; False where only it can know, or will complain."""
+    if model.architecture_file is not None or not config.get("architectures"):
+        return False
+    return not is_native(config, model.model_impl)
 
 
 def check_revision(model: ModelConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,9 @@ def load_fallback(
     Raises StartupError, naming class and reason, where there is none that can be served, and for
     everything that can be wrong with a checkpoint.
     """
+    if not asked.device.is_gpu:
+        # `Cpu.prepare` leaves torch one thread, as our own kernels do the work; here torch does it.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     with quietly():
         found = find(config)
         try:

@@ -12,7 +12,7 @@ import torch
 from pagedserve.device import Device
 from pagedserve.errors import StartupError
 from pagedserve.models import config_json, generation_config
-from pagedserve.models.architectures import architecture, spec_of, supported
+from pagedserve.models.architectures import is_native, spec_of
 from pagedserve.models.assembly import assemble
 from pagedserve.models.base import Model
 from pagedserve.models.custom import run_architecture_file
@@ -63,10 +63,9 @@ def load_model(
         on_progress(f"{architecture_file} was run and adds {', '.join(names)}")
     config = config_json.plain(directory, hf_overrides)
     wanted = pick_dtype(dtype, config, device)
-    native = model_impl == "native" or architecture(config) in supported()
     spec: ModelShape
     decoder: Model
-    if native and model_impl != "transformers":
+    if is_native(config, model_impl):
         config = config_json.complete(config)
         spec = spec_of(config)
         limit = context_limit(spec, context)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pagedserve import LLM, SamplingParams
+from pagedserve.config import DEMO_MODEL
 from pagedserve.device import pick
 from pagedserve.errors import StartupError
 from pagedserve.models import fallback_check, fallback_load
@@ -22,6 +24,7 @@ from pagedserve.models.fallback_attention import Mask, NotExpressible, read_mask
 from pagedserve.models.loading import LoadedModel, load_model
 from tests.checkpoints import save, tiny_checkpoint
 from tests.models.paged import PagedRun
+from tests.models.test_parity import NEW_TOKENS, greedy
 from tests.models.try_fallback import FIXES, LENGTHS, random_model, random_sequences, reference
 
 MAX_ERROR = 1e-4
@@ -236,3 +239,16 @@ def test_the_comparison_takes_all_tokens_in_steps_of_every_kind() -> None:
         assert sum(counts) == length
     kinds = {tuple(sorted(min(count, 2) for count in step)) for step in fallback_check.STEPS}
     assert kinds >= {(2, 2), (1, 1), (0, 1), (0, 2)}  # chunks, single tokens, both alone
+
+
+def test_the_engine_writes_what_transformers_does() -> None:
+    from transformers import AutoModelForCausalLM
+
+    own = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    prompts = [list(range(5, 40)), [700, 3, 12]]
+    with LLM(DEMO_MODEL, model_impl="transformers") as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], params)
+        assert "model code: transformers' own, with our attention and cache" in llm.notes
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert prompt + list(output.outputs[0].token_ids) == greedy(own, prompt)

@@ -21,6 +21,13 @@ def supported() -> list[str]:
     return sorted(ARCHITECTURES)
 
 
+def is_native(config: dict[str, Any], model_impl: str = "auto") -> bool:
+    """Whether a family of ours computes it, by what `--model-impl` says."""
+    if model_impl == "auto":
+        return architecture(config) in ARCHITECTURES
+    return model_impl == "native"
+
+
 def spec_of(
     config: dict[str, Any], wrap: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> DecoderSpec:
