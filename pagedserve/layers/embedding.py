@@ -17,7 +17,8 @@ from pagedserve.layers.norm import Normalize
 class Embedding:
     """table: [vocab, E]; positions: [rows, C], row p + `offset` for position p.
 
-    `scale` multiplies the table's rows; `widen`: [C, E], where E is not the hidden size.
+    `scale` multiplies the table's rows, in the model's own precision, as it was trained: 16 bits
+    round the factor too, when the model is put together. `widen`: [C, E], where E is not the hidden size.
     """
 
     table: Tensor
@@ -31,8 +32,7 @@ class Embedding:
         """input_ids, positions: [T] int64 → [T, C]."""
         x = F.embedding(input_ids, self.table)
         if self.scale != 1.0:
-            # In the model's own precision, as it was trained: 16 bits round the factor too.
-            x = x * x.new_tensor(self.scale)
+            x = x * self.scale
         if self.widen is not None:
             x = self.widen(x)
         if self.positions is not None:

@@ -157,7 +157,7 @@ class Decoder:
         wanted = {block.skip[0] for block in self.blocks if block.skip is not None}
         for i, block in enumerate(self.blocks):
             if i in wanted:
-                kept[i] = x
+                kept[i] = x.clone()  # blocks write over what they get
             if block.skip is not None:
                 layer, share = block.skip
                 x = share * kept[layer] + (1 - share) * x

@@ -67,7 +67,8 @@ def embed(reader: Reader) -> Embedding:
             positions = sines(*shape).to(reader.dtype).to(reader.device.torch)
     offset = spec.positions.offset if spec.positions is not None else 0
     norm = reader.norm("embed_norm")
-    return Embedding(table, spec.embed_scale, widen, positions, offset, norm)
+    scale = float(torch.tensor(spec.embed_scale, dtype=reader.dtype))
+    return Embedding(table, scale, widen, positions, offset, norm)
 
 
 def block(reader: Reader, i: int, shared: Shared) -> Block:
