@@ -342,6 +342,6 @@ def run(*, quick: bool, sweep: bool) -> dict[str, Any]:
     return {
         "read_tb_per_s": peak,
         "small_us": small(processors),
-        "prefill": prefill(processors, quick, sweep),
         "decode": decode(processors, peak, quick, sweep),
+        "prefill": prefill(processors, quick, sweep),
     }

@@ -23,8 +23,7 @@ What changes from step to step (rows, strides of tables, alignment of a step's t
 variant of a kernel, which would be compiled in the middle of serving.
 
 Heads that share keys are one tile of queries, BLOCK_H at a time (16 at least, for tensor cores).
-Rows of one token come first in a batch; rows of several, and of none, have no tiles here: their
-attention is `paged_prefill`'s.
+Rows of several tokens, and of none, have no tiles here: their attention is `paged_prefill`'s.
 """
 
 from __future__ import annotations
@@ -234,7 +233,8 @@ def paged_decode_kernel(
             m = top
         out_row = out_ptr + token.to(tl.int64) * (KV_HEADS * GROUP * WIDTH)
         out_at = out_row + head[:, None] * WIDTH
-        out_mask = real[:, None] & (d < WIDTH)[None, :]
+        # Between rows of one token there may be others, which have no tiles, and no output here.
+        out_mask = real[:, None] & (d < WIDTH)[None, :] & (here > at)
         if (at == row_start) & (here == row_stop):
             if sinks_ptr is not None:
                 sink = tl.load(sinks_ptr + head, mask=real, other=0.0)

@@ -1,8 +1,12 @@
 """`paged_prefill` for GPUs of capability 9.0, in Gluon: bulk copies, wgmma, warps with roles.
 
-Plain attention, windows and sinks, heads of 64 or 128 numbers, bfloat16 or float16. A program has
-two consumers of four warps, 64 query rows each, and a producer of one warp that fills rings of
-query, key and value tiles in shared memory, each piece by one bulk copy of a block's tokens:
+Plain attention with or without sinks, heads of 64 or 128 numbers, bfloat16 or float16. Windows are
+written too, but `refusal` keeps them out of service: they have not been run (the test is
+test_paged_gpu's `test_windows_are_right_where_bulk_copies_are`).
+
+A program has two consumers of four warps, 64 query rows each, and a producer of one warp that fills
+rings of query, key and value tiles in shared memory, each piece by one bulk copy of a block's
+tokens:
 
     producer   Q₀ K V K V … │ Q₁ K V …        one item ahead, as far as the rings are free
     consumers     S₀ S₁+PV₀ S₂+PV₁ … PVₙ out  the product of a tile beside the softmax of another
@@ -41,6 +45,7 @@ from pagedserve.kernels.paged_prefill import PrefillPlan
 TILE_TOKENS = 128  # two consumers of 64 rows
 BLOCK_N = 128  # keys of a tile
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+ITEMS_TOGETHER = gl.constexpr(2048)  # a dozen and more for each program, so that they are even
 FIELDS = gl.constexpr(8)  # numbers of an item in the list of tiles
 LOG2E = gl.constexpr(1.4426950408889634)
 MASKED = gl.constexpr(-1.0e7)  # of a score in base 2: none, and small enough for exact differences
@@ -62,22 +67,27 @@ def _turns(items, programs):
 
 @gluon.jit
 def _tile(tiles_ptr, turn, programs, items, HEADS: gl.constexpr, GROUP: gl.constexpr):
-    """Of the item at `turn`: row, first token, tokens, position, first key, query head.
+    """Of the item at `turn`: where its tile's numbers are, and its query head.
 
-    All tiles of the heads that share keys come before the next such heads: so many keys and values
-    fit the GPU's cache.
+    Items go through all tiles for some key heads, then for the next ones: few enough that their
+    keys and values stay in the GPU's cache, and enough that each program gets a fair share of them.
     """
-    item = gl.minimum(_item(turn, programs), items - 1)
-    of_group = items // HEADS * GROUP
-    rest = item % of_group
-    head = item // of_group * GROUP + rest % GROUP
-    at = tiles_ptr + rest // GROUP * FIELDS
-    row = gl.load(at)
-    token = gl.load(at + 1)
-    tokens = gl.load(at + 2)
-    position = gl.load(at + 3)
-    first = gl.load(at + 5)
-    return row, token, tokens, position, first, head
+    item = gl.maximum(gl.minimum(_item(turn, programs), items - 1), 0)
+    tiles = gl.maximum(items // HEADS, 1)
+    together = gl.minimum((ITEMS_TOGETHER + tiles * GROUP - 1) // (tiles * GROUP) * GROUP, HEADS)
+    first_head = item // (tiles * together) * together
+    heads = gl.minimum(together, HEADS - first_head)
+    rest = item - first_head * tiles
+    return tiles_ptr + rest // heads * FIELDS, first_head + rest % heads
+
+
+@gluon.jit
+def _first_tile(position, BN: gl.constexpr, WINDOW: gl.constexpr):
+    """The first tile of keys that the query at `position` sees."""
+    first = position * 0
+    if WINDOW > 0:
+        first = gl.maximum(position + 1 - WINDOW, 0) // BN
+    return first
 
 
 @gluon.jit
@@ -96,7 +106,7 @@ def _producer(
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
     table_ptr, tiles_ptr, count_ptr, table_stride, block_rows, value_rows,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr,
-    PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
+    PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """One warp: copies what the consumers will read, as soon as there is room."""
     BOXES: gl.constexpr = BN // BOX
@@ -104,13 +114,14 @@ def _producer(
     items = gl.load(count_ptr) * HEADS
     at = 0  # tiles of keys so far
     for turn in range(0, _turns(items, programs)):
-        row, token, tokens, position, first, head = _tile(
-            tiles_ptr, turn, programs, items, HEADS, GROUP
-        )
-        stop = position + tokens
+        tile, head = _tile(tiles_ptr, turn, programs, items, HEADS, GROUP)
+        row = gl.load(tile)
+        token = gl.load(tile + 1)
+        position = gl.load(tile + 3)
+        stop = position + gl.load(tile + 2)
         last = (stop - 1) // PAGE
         high = (stop + BN - 1) // BN
-        low = first // BN
+        low = _first_tile(position, BN, WINDOW)
         table = table_ptr + row.to(gl.int64) * table_stride
         column = head // GROUP * D
         blocks = _blocks(table, (high - 1) * BN, last, PAGE, BOX, BOXES)
@@ -177,15 +188,16 @@ def _consumer(
     programs = gl.num_programs(0)
     items = gl.load(count_ptr) * HEADS
     turns = _turns(items, programs)
-    row, token, tokens, position, first, head = _tile(tiles_ptr, 0, programs, items, HEADS, GROUP)
+    tile, head = _tile(tiles_ptr, 0, programs, items, HEADS, GROUP)
+    token, tokens, position = gl.load(tile + 1), gl.load(tile + 2), gl.load(tile + 3)
     at = 0  # tiles of keys so far
     for turn in range(0, turns):
         # Asked for now, needed an item later.
-        row, token_2, tokens_2, position_2, first_2, head_2 = _tile(
-            tiles_ptr, turn + 1, programs, items, HEADS, GROUP
-        )
+        tile_2, head_2 = _tile(tiles_ptr, turn + 1, programs, items, HEADS, GROUP)
+        token_2, tokens_2 = gl.load(tile_2 + 1), gl.load(tile_2 + 2)
+        position_2 = gl.load(tile_2 + 3)
         high = (position + tokens + BN - 1) // BN
-        num = high - first // BN
+        num = high - _first_tile(position, BN, WINDOW)
         num_masked = high - (position + 1) // BN  # tiles that the first query does not see whole
         edge = 0  # tiles before it are not seen whole by the last query
         if WINDOW > 0:
@@ -260,7 +272,7 @@ def _consumer(
             out_ptr + (token + line).to(gl.int64)[:, None] * (HEADS * D) + head * D + d[None, :]
         )
         gl.store(out_at, out, mask=(line < tokens)[:, None])
-        token, tokens, position, first, head = token_2, tokens_2, position_2, first_2, head_2
+        token, tokens, position, head = token_2, tokens_2, position_2, head_2
 
 
 @gluon.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["table_ptr"])
@@ -330,7 +342,7 @@ def paged_prefill_wgmma_kernel(
                     q_desc, kv_desc, q_smem, k_smem, v_smem,
                     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty,
                     table_ptr, tiles_ptr, count_ptr, table_stride, block_rows, value_rows,
-                    HEADS, GROUP, D, BN, PAGE, BOX, STAGES,
+                    HEADS, GROUP, D, BN, PAGE, BOX, STAGES, WINDOW,
                 ),
             ),
         ],
@@ -345,8 +357,8 @@ def refusal(shape: Shape, q: Tensor, kv: Tensor, capability: tuple[int, int]) ->
         return f"it needs a GPU of capability 9.0, not {capability[0]}.{capability[1]}"
     if kv.dtype not in DTYPES or q.dtype != kv.dtype:
         return f"queries of {q.dtype} and keys of {kv.dtype} are not supported"
-    if shape.latent or shape.width not in (64, 128) or shape.chunk:
-        return "it does plain attention and windows with heads of 64 or 128"
+    if shape.latent or shape.width not in (64, 128) or shape.chunk or shape.window:
+        return "it does plain attention with heads of 64 or 128"
     if shape.page < 8 or shape.page & (shape.page - 1):
         return f"blocks of {shape.page} tokens are not a power of two from 8 on"
     width = shape.kv_heads * shape.width

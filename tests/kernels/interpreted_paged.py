@@ -67,6 +67,12 @@ def test_rows_of_one_kind_need_none_of_the_other(rows: list[tuple[int, int]]) ->
     assert error(forward(case), attend(case)) < 1e-6
 
 
+def test_rows_may_come_in_any_order_and_compute_nothing() -> None:
+    rows = [(18, 18), (37, 1), (0, 0), (64, 1), (33, 2), (0, 0), (5, 1), (0, 0)]
+    case = paged(PLAIN, rows, written=False, ordered=False)
+    assert error(forward(case), attend(case)) < 1e-6
+
+
 def test_what_is_in_the_cache_already_is_not_asked_for() -> None:
     case = paged(PLAIN, ROWS)
     assert error(forward(case, write=False), attend(case)) < 1e-6

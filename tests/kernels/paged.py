@@ -18,7 +18,7 @@ from pagedserve.spec import Attn
 
 @dataclass(slots=True)
 class Paged:
-    """Rows (context, tokens to compute) over one layer of a cache; one token rows come first."""
+    """Rows (context, tokens to compute) over one layer of a cache."""
 
     attn: Attn
     q: Tensor
@@ -49,14 +49,16 @@ def paged(
     index: torch.dtype = torch.int64,
     layers: int = 3,
     written: bool = True,
+    ordered: bool = True,
     seed: int = 0,
 ) -> Paged:
     """A shuffled cache of `layers` layers, of which the middle one is seen.
 
-    written: this step's keys and values are in it already. q, k and v are views of one tensor, as
-    they come from a projection.
+    ordered: rows of one token first. written: this step's keys and values are in it already. q, k
+    and v are views of one tensor, as they come from a projection.
     """
-    rows = sorted(rows, key=lambda row: row[1] != 1)
+    if ordered:
+        rows = sorted(rows, key=lambda row: row[1] != 1)
     lens, counts = [n for n, _ in rows], [c for _, c in rows]
     make = torch.Generator(device=device).manual_seed(seed)
     needed = [-(-n // block_size) for n in lens]

@@ -87,11 +87,52 @@ def test_many_short_rows_and_one_long_one(kv_heads: int) -> None:
     check(attn, torch.bfloat16, rows)
 
 
+def test_rows_may_come_in_any_order_and_compute_nothing() -> None:
+    rows = [(512, 512), (1000, 1), (0, 0), (64, 1), (700, 333), (0, 0), (5, 1), (0, 0)]
+    case = paged(COMMON, rows, block_size=16, written=False, ordered=False, **BFLOAT16)
+    assert error(forward(case), attend(case)) < LIMITS[torch.bfloat16]
+
+
 def test_scores_far_below_zero_leave_no_hole() -> None:
     case = paged(replace(COMMON, scale=4.0), ROWS, block_size=16, **BFLOAT16)
     case.kv[:, 0] = -case.kv[:, 0].abs()
     case.q.copy_(case.q.abs())
     assert error(forward(case, write=False), attend(case)) < 0.01
+
+
+@pytest.mark.parametrize("feature", ("heads of 128, window", "heads of 64, window, sinks"))
+def test_windows_are_right_where_bulk_copies_are(feature: str) -> None:
+    """Past `refusal`, which keeps this kernel's windows out of service."""
+    from pagedserve.attention.triton import Processors, shape_of
+    from pagedserve.kernels import kv_write, paged_prefill, paged_prefill_wgmma
+
+    processors = Processors.of(torch.device("cuda"))
+    if processors.capability != (9, 0):
+        pytest.skip("needs a GPU of capability 9.0")
+    case = paged(FEATURES[feature], ROWS, block_size=16, **BFLOAT16)
+    shape = shape_of(case.attn, case.kv)
+    plan = paged_prefill.plan_prefill(
+        paged_prefill_wgmma.TILE_TOKENS,
+        case.q.shape[0],
+        case.seq_lens,
+        case.query_start_loc,
+        window=shape.window,
+    )
+    kv_write.clear_tails(case.kv, case.block_tables, case.seq_lens, case.query_start_loc)
+    out = torch.full(case.q.shape, torch.nan, **BFLOAT16)
+    paged_prefill_wgmma.paged_prefill_wgmma(
+        case.q,
+        case.kv,
+        out,
+        case.block_tables,
+        plan,
+        shape,
+        paged_prefill_wgmma.CacheDescriptors(),
+        scale=case.attn.scale,
+        sinks=case.sinks,
+        programs=processors.count,
+    )
+    assert error(out[case.num_decodes :], attend(case)[case.num_decodes :]) < 6e-3
 
 
 def test_a_run_repeats_itself_bit_by_bit() -> None:
