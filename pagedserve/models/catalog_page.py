@@ -27,8 +27,8 @@ of two ways, which `--model-impl` chooses between (`auto`: native where there is
   over our paged cache in the place of its own. Batching, chunked prefill and prefix caching work as
   always; CUDA graphs and our kernels for everything beside attention do not.
 
-Anything else is refused before its weights are read, with the reason. A family that is missing can
-be added in a file of your own: [custom-models.md](custom-models.md).
+Anything else is refused with the reason, in all but a few cases before its weights are read. A
+family that is missing can be added in a file of your own: [custom-models.md](custom-models.md).
 """
 
 NATIVE = """\

@@ -22,6 +22,7 @@ from transformers.utils import logging as their_logging
 
 from pagedserve.device import Device
 from pagedserve.errors import StartupError, shorten
+from pagedserve.models.architectures.registry import ARCHITECTURES
 from pagedserve.models.fallback import Fallback, FallbackSpec
 from pagedserve.models.fallback_attention import PAGED, PROBE, NotExpressible, register
 from pagedserve.models.fallback_check import check
@@ -87,10 +88,16 @@ def load_fallback(
 
 def refused(name: str, reason: str) -> StartupError:
     """What a user hears of a class that cannot be served."""
+    version = transformers.__version__
+    if name in ARCHITECTURES:
+        return StartupError(
+            f"architecture {name} is not supported by --model-impl transformers ({version}), which "
+            f"cannot run here, as {reason}. There is a native family: leave the flag out"
+        )
     return StartupError(
-        f"architecture {name} is not supported: there is no native one, and transformers' "
-        f"{transformers.__version__} cannot run here, as {reason}. `pagedserve models` lists what "
-        "is supported"
+        f"architecture {name} is not supported: there is no native family, and transformers' "
+        f"modeling ({version}) cannot run here, as {reason}. `pagedserve models` lists what is "
+        "supported"
     )
 
 
@@ -102,7 +109,7 @@ def find(config: Mapping[str, Any]) -> Found:
         raise StartupError("config.json: architectures must be a list of class names")
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise StartupError(
-            f"architecture {name} is not supported: there is no native one, and transformers "
+            f"architecture {name} is not supported: there is no native family, and transformers "
             f"{transformers.__version__} has no causal language model of this name. `pagedserve "
             "models` lists what is supported"
         )

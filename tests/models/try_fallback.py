@@ -138,6 +138,7 @@ FIXES: dict[str, tuple[dict[str, Any], ...]] = {
         {"layer_types": [FULL] * 4, "num_local_experts": 0},
         {"layer_types": [LINEAR, FULL] * 2, "mamba_n_heads": 4, "mamba_d_head": 32},
     ),
+    "minimax_m3_vl_text": ({"layer_types": [FULL, "minimax_m3_sparse"] * 2},),
     "zaya": ({"num_experts_per_tok": 1},),
     "gemma3n_text": (
         {
@@ -337,6 +338,7 @@ def reason(error: StartupError) -> str:
     text = re.sub(r"only \d+ of its \d+ layers call", "not all of its layers call", text)
     text = re.sub(r"function \d+ times for \d+ layers", "function more than once a layer", text)
     text = re.sub(r"\d+ queries over \d+ keys of its own", "it attends to keys of its own", text)
+    text = text.partition(". There is a native family")[0]
     return text.partition(" by ")[0]
 
 
