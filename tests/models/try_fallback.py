@@ -36,6 +36,7 @@ from tests.checkpoints import COMMON, save
 from tests.models.families import CASES
 from tests.models.paged import PagedRun
 from tests.models.references import REFERENCES
+from tests.models.test_text_part import CASES as TEXT_PARTS
 
 MAX_ERROR = 1e-4
 MAX_SECONDS = 120
@@ -158,8 +159,7 @@ FIXES: dict[str, tuple[dict[str, Any], ...]] = {
 ELSEWHERE = (
     "BailingMoeV2ForCausalLM",  # test_twins
     "MiMoForCausalLM",
-    "Gemma3ForConditionalGeneration",  # test_text_part
-    "Mistral3ForConditionalGeneration",
+    "IQuestCoderForCausalLM",  # the case "iquestcoder", whose class is Llama's in transformers
 )
 # Types of which no tiny model runs alone, and why.
 UNBUILDABLE = {
@@ -203,8 +203,12 @@ def try_all(wanted: list[str]) -> dict[str, dict[str, str]]:
 def natives() -> dict[str, dict[str, Any]]:
     """Class → who says what its logits should be, and with how many configs it is asked."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES,
+    )
 
     oracles = [(name, "transformers") for name in ELSEWHERE]
+    oracles += [(WITH_IMAGES[family], "transformers") for family, *_ in TEXT_PARTS.values()]
     oracles += [(NAMES[case.family], "transformers") for case in CASES.values()]
     for reference_ in REFERENCES.values():
         oracles.append((reference_.config["architectures"][0], "independent reference"))
