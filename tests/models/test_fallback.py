@@ -91,14 +91,15 @@ def test_a_class_that_cannot_is_refused_before_its_weights_are_read(
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["zaya", "roberta"])
 def test_what_attention_alone_does_not_show_is_refused_by_comparison(
-    family: str, tmp_path: Path
+    family: str, dtype: str, tmp_path: Path
 ) -> None:
     # A convolution over tokens; positions that the class counts from two.
     save(random_model(family, FIXES[family][0]), tmp_path)
     with pytest.raises(StartupError, match="over the paged cache its logits differ from its own"):
-        load(tmp_path)
+        load(tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize(
