@@ -1,9 +1,16 @@
 """Start-up: seconds from `pagedserve serve` to the first HTTP answer, and to readiness.
 
-Each run starts a fresh server of the demo model and polls it. The first run, which warms the page
-cache and compiles the CPU kernels where that was never done, is reported apart.
+Each run starts a fresh server and polls it. The first run, which warms the page cache and compiles
+kernels where that was never done, is reported apart.
 
     python benchmarks/startup.py [--runs 5] [--model DIR]
+
+On a GPU, an 8B model with random weights, first with no compiled kernel in any cache (the files of
+torch and of the interpreter may still be in the page cache), then with those of that start:
+
+    python benchmarks/startup.py --runs 3 --shape llama-3.1-8b --fresh
+
+Flags of `pagedserve serve` go behind `--`.
 """
 
 from __future__ import annotations
@@ -11,79 +18,59 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import socket
-import statistics
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
+import tempfile
+from pathlib import Path
 
+from _checkpoint import shape_directory, write_checkpoint
+
+from pagedserve.commands.bench import machine
+from pagedserve.commands.bench.startup import figures, said, start
 from pagedserve.config import DEMO_MODEL
-from pagedserve.version import __version__
+
+CACHES = ("PAGEDSERVE_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "CUDA_CACHE_PATH")
+BARS = {"first_answer_s": 2, "ready_s": 8}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--timeout", type=float, default=600.0)
     parser.add_argument("--model", default=DEMO_MODEL)
-    args = parser.parse_args()
-    first, *rest = [start(args.model) for _ in range(args.runs + 1)]
-    print(
-        json.dumps(
-            {
-                "benchmark": "startup",
-                "first_answer_s": [round(answer, 2) for answer, _ in rest],
-                "ready_s": [round(ready, 2) for _, ready in rest],
-                "median_first_answer_s": round(statistics.median(a for a, _ in rest), 2),
-                "median_ready_s": round(statistics.median(r for _, r in rest), 2),
-                "first_run_ready_s": round(first[1], 2),
-                "bars": {"first_answer_s": 2, "ready_s": 8},
-                "cores": os.cpu_count(),
-                "pagedserve": __version__,
-                "python": platform.python_version(),
-            }
-        )
-    )
-
-
-def start(model: str) -> tuple[float, float]:
-    """Seconds to the first answer of any status, and to a 200 of /readyz."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pagedserve", "serve", model, "--port", str(port)],
-        stdout=subprocess.DEVNULL,
-    )
-    answered = None
-    try:
-        while True:
-            status = poll(f"http://127.0.0.1:{port}/readyz")
-            now = time.perf_counter() - began
-            if status is not None and answered is None:
-                answered = now
-            if status == 200 and answered is not None:
-                return answered, now
-            assert process.poll() is None, "the server ended"
-            time.sleep(0.01)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def poll(url: str) -> int | None:
-    """The status, or None while nobody listens."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except (urllib.error.URLError, ConnectionError):
-        return None
+    parser.add_argument("--shape", help="of benchmarks/shapes, with random weights, instead")
+    parser.add_argument("--fresh", action="store_true", help="begin with empty kernel caches")
+    args = parser.parse_args(own)
+    with tempfile.TemporaryDirectory() as place:
+        serve = [args.model, *flags]
+        if args.shape is not None:
+            directory = Path(place) / "model"
+            directory.mkdir()
+            model = write_checkpoint(shape_directory(args.shape), directory)
+            serve = [str(model), "--load-format", "dummy", *flags]
+        env = None
+        if args.fresh:
+            env = {**os.environ, **{name: f"{place}/{name}" for name in CACHES}}
+        starts = []
+        for number in range(args.runs + 1):
+            starts.append(start(serve, args.timeout, env))
+            print(f"start {number}: {said(starts[-1])}", file=sys.stderr)
+    line = {
+        "benchmark": "startup",
+        "model": args.shape or args.model,
+        "fresh": args.fresh,
+        "flags": " ".join(flags),
+        **figures(starts),
+        "bars": BARS if args.model == DEMO_MODEL and args.shape is None else None,
+        "gpu": machine.gpu_name(),
+        "seed": 0,
+        **machine.versions(),
+    }
+    print(json.dumps(line))
+    return 1 if line["failed"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command line: `pagedserve serve | generate | chat | pull | convert | models | version`.
+"""The command line: `pagedserve serve | generate | chat | bench | pull | convert | …`.
 
 Flags and their help come from the fields of `config.py`. Errors are one line on standard error:
 status 2 for wrong usage, 1 for a failure. What a command needs is imported when it is chosen.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pagedserve.commands import convert, models, pull
+from pagedserve.commands import bench, convert, models, pull
 from pagedserve.commands.console import Console, drop_output, say, write
 from pagedserve.config import Config, add_flags
 from pagedserve.errors import PagedServeError
@@ -80,6 +80,10 @@ def parser() -> argparse.ArgumentParser:
     convert_ = commands.add_parser("convert", help="turn pickled weights into safetensors")
     convert.add_flags(convert_)
     convert_.set_defaults(command=convert.run)
+
+    bench_ = commands.add_parser("bench", help="measure the engine, a server or its start")
+    bench.add_flags(bench_)
+    bench_.set_defaults(command=bench.run)
 
     models_ = commands.add_parser("models", help="list the architectures that can be served")
     models.add_flags(models_)
