@@ -27,6 +27,7 @@ SPLIT_ROWS = 64
 # Gated? → rows → the largest matrix for which a gemv was as fast as the tensor cores.
 MOST_WEIGHTS = {False: {2: 64 << 20, 4: 4 << 20}, True: {2: 8 << 20, 4: 0}}
 BLOCK_N, BLOCK_K = 64, 128  # of split_k
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of a block, by GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,14 @@ def split_blocks(product: Product, processors: int, capability: int) -> SplitK:
     if capability < 90:
         stages = 2 if product.gated else 3
     return SplitK(shares(product, processors), num_stages=stages)
+
+
+def shared_bytes(product: Product, choice: SplitK) -> int:
+    """Shared memory of a program."""
+    lines = choice.block_n * (2 if product.gated else 1)
+    rows = max(16, product.rows)
+    first = lines if choice.early else 0
+    return 2 * choice.block_k * (choice.num_stages * (lines + rows) + first)
 
 
 def shares(product: Product, processors: int) -> int:

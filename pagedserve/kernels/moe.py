@@ -366,7 +366,7 @@ def blocks_for(tokens_each: float, gated: bool) -> Blocks:
     if tokens_each <= 32:
         return Blocks(32, 64, 128, 4, 3 if gated else 4, 1)
     if tokens_each <= 96:
-        return Blocks(64, 64, 64, 4, 4, 8)
+        return Blocks(64, 128, 64, 4, 4, 16)
     return Blocks(128, 128, 64, 8, 4, 16)
 
 

@@ -22,7 +22,7 @@ from pagedserve.kernels.aot import Variant, older
 from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
 
 HEADS = 4  # of one program
-MANY_TOKENS, MANY_HEADS = 256, 8  # where the GPU is full anyway
+MANY = ((1024, 16), (256, 8))  # from so many tokens on: the GPU is full anyway
 
 
 @triton.jit
@@ -123,7 +123,8 @@ def qk_rope_kv(
     q = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
     if cos is not None and sin is not None:
         assert cos.stride(-1) == 1 and cos.stride() == sin.stride() and cos.shape[-1] <= dim
-    each = each or (HEADS if tokens < MANY_TOKENS else MANY_HEADS)
+    if each is None:
+        each = next((many for least, many in MANY if tokens >= least), HEADS)
     if tokens:
         qk_rope_kv_kernel[(tokens, triton.cdiv(heads + 2 * kv_heads, each))](
             qkv,
@@ -151,14 +152,16 @@ def qk_rope_kv(
     return q
 
 
-def variant(dim: int, rotated: int, norm: int, kv: str = "*bf16", slots: str = "*i64") -> Variant:
+def variant(
+    dim: int, rotated: int, norm: int, kv: str = "*bf16", slots: str = "*i64", each: int = HEADS
+) -> Variant:
     """Of the kernel, for one head."""
     angles = dict.fromkeys(("cos", "sin"), "*bf16" if rotated else None)
     data = dict.fromkeys(("qkv", "q_out"), "*bf16")
     counts = dict.fromkeys(("q_heads", "kv_heads", "block_size"), "i32")
     strides = ("row_stride", "angle_stride", "part_stride", "token_stride", "head_stride")
     return Variant(
-        f"qk_rope_kv {dim} rotates {rotated}, norm {norm}, cache {kv[1:]}",
+        f"qk_rope_kv {each} heads of {dim} rotate {rotated}, norm {norm}, cache {kv[1:]}",
         qk_rope_kv_kernel,
         {
             **angles,
@@ -175,7 +178,7 @@ def variant(dim: int, rotated: int, norm: int, kv: str = "*bf16", slots: str = "
             "D": dim,
             "R": rotated,
             "BLOCK_D": power_of_2(dim),
-            "HEADS": HEADS,
+            "HEADS": each,
             "NORM": norm,
             "PDL": True,
         },
@@ -187,6 +190,8 @@ def variant(dim: int, rotated: int, norm: int, kv: str = "*bf16", slots: str = "
 AOT = [
     variant(128, 128, 0),
     variant(128, 128, 1),
+    variant(128, 128, 1, each=16),
+    variant(256, 256, 1, each=16),
     variant(128, 128, 2, slots="*i32"),
     variant(80, 32, 0),
     variant(64, 0, 1),

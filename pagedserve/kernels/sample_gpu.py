@@ -1,11 +1,11 @@
-"""From logits to tokens on a GPU, without sorting: what `worker.sampler` means, in two kernels.
+"""From logits to tokens on a GPU, without sorting: what `worker.sampler` means.
 
     survey   (row, tile)  penalties, mask, bias, bans; maximum, Σ exp; the maxima of groups of 128
              │            tokens; for rows that nothing filters, the keyed race itself
     draw     (row)        the tiles put together: argmax, or the race's winner, or
              │            a bound below which nothing of the top k can lie: the k-th largest group
-             │            maximum. Tokens from there up, a few hundred, are ranked pair by pair
-             └─ rare      where they do not suffice (a flat row with top-p alone): the exact
+             │            maximum. Tokens from there up, a few dozen, are ranked pair by pair
+    search   (row)        where they do not suffice (a flat row with top-p alone): the exact
                           threshold by search over the whole row, four ways a pass
 
 Exact in both ways, ties by the lower token id, as a stable sort gives them. Randomness is
@@ -34,8 +34,8 @@ GROUP = 128
 CANDIDATES = 1024
 GATHERED = 32  # groups looked through at once
 PAIRS = 32
-SCAN = 1024  # columns of a search's block
-SCANS = 8  # its rows
+SCAN = 4096  # columns of a search's block, 16 bytes a thread
+SCANS = 2  # its rows
 MOST_GROUPS = 512  # top_k whose bound is taken from the groups
 FEW_GROUPS = 64  # where there is no top_k, at first
 NUCLEUS_GROUPS = 384  # and then
@@ -56,12 +56,20 @@ def mix(x):
 
 
 @triton.jit
-def race(scaled, token, seed, position):
-    """scaled - log E of each token, see `sample.race`. seed, position: int64 scalars."""
+def uniform(token, seed, position):
+    """(k + ½) / 2²³ of each token, as `sample.exponentials` has it. seed, position: int64 scalars.
+
+    The 23 bits become the digits of a float between 1 and 2; what is taken off is exact.
+    """
     key = mix(mix(seed.to(tl.uint64) + GAMMA) + position.to(tl.uint64) * GAMMA)
-    bits = mix(key + token.to(tl.uint64) * GAMMA) >> 41
-    u = (bits.to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    return scaled - tl.log(-tl.log(1.0 - u))  # 1 - u is exact
+    bits = (mix(key + token.to(tl.uint64) * GAMMA) >> 41).to(tl.int32)
+    return (bits | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
+
+
+@triton.jit
+def race(scaled, token, seed, position):
+    """scaled - log E of each token, see `sample.race`."""
+    return scaled - tl.log(-tl.log(1.0 - uniform(token, seed, position)))  # 1 - u is exact
 
 
 @triton.jit
@@ -78,9 +86,7 @@ def log2_about(x, FAST: tl.constexpr):
 @triton.jit
 def race_about(scaled, token, seed, position, FAST: tl.constexpr):
     """`race` within 0.003: enough to tell which tokens cannot win a tile."""
-    key = mix(mix(seed.to(tl.uint64) + GAMMA) + position.to(tl.uint64) * GAMMA)
-    bits = mix(key + token.to(tl.uint64) * GAMMA) >> 41
-    u = (bits.to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    u = uniform(token, seed, position)
     exponential = -0.6931471805599453 * log2_about(1.0 - u, FAST)
     # Where u is small the logarithm has no digits left, and its argument is the answer.
     exponential = tl.where(u < 0.00390625, u, exponential)
@@ -257,10 +263,13 @@ def draw_by_search(
             source, vocab, inverse, floor, highest, top_k, bound, top, False, SCANS, SCAN
         )
     up = bound + 1
-    from_bound, above, _above = reached(
-        source, vocab, inverse, floor, highest, bound, up, up, False, SCANS, SCAN
-    )
-    equals = tl.minimum(from_bound, top_k) - above  # of those at the bound, how many are kept
+    from_bound = tl.zeros([], tl.int32)
+    equals = tl.zeros([], tl.int32) + 0x7FFFFFFF  # of those at the bound, how many are kept
+    if top_k < vocab:
+        from_bound, above, _above = reached(
+            source, vocab, inverse, floor, highest, bound, up, up, False, SCANS, SCAN
+        )
+        equals = tl.minimum(from_bound, top_k) - above
     threshold = bound
     if top_p < 1.0:
         mass, mass_above, _mass = reached(
@@ -469,7 +478,9 @@ def survey_kernel(
         x = tl.load(at, mask=token < vocab, other=float("-inf")).to(tl.float32)
     divisor = tl.where(temperature > 0, temperature, 1.0)
     broken = tl.max((x != x).to(tl.int32), 0)
-    highest, at = tl.max(x, 0, return_indices=True)
+    highest = tl.max(x, 0)
+    i = tl.arange(0, TILE)
+    at = tl.min(tl.where(x == highest, i, TILE - 1), 0)
     highest = tl.div_rn(highest, divisor)
     # +inf tells `draw` that the row is lost; a comparison with NaN would tell it nothing.
     out = row * tiles + tile
@@ -491,7 +502,7 @@ def survey_kernel(
         if free:
             best, winner = race_of_tile(
                 x,
-                tl.arange(0, TILE),
+                i,
                 temperature,
                 tile * TILE,
                 tl.load(seeds + slot),
@@ -534,8 +545,6 @@ def draw_kernel(
     CANDIDATES: tl.constexpr,
     GATHERED: tl.constexpr,
     PAIRS: tl.constexpr,
-    SCANS: tl.constexpr,
-    SCAN: tl.constexpr,
     MOST_GROUPS: tl.constexpr,
     FEW_GROUPS: tl.constexpr,
     NUCLEUS_GROUPS: tl.constexpr,
@@ -590,8 +599,6 @@ def draw_kernel(
                         CANDIDATES,
                         GATHERED,
                         PAIRS,
-                        SCANS,
-                        SCAN,
                         MOST_GROUPS,
                         FEW_GROUPS,
                         NUCLEUS_GROUPS,
@@ -681,22 +688,23 @@ def draw_filtered(
     CANDIDATES: tl.constexpr,
     GATHERED: tl.constexpr,
     PAIRS: tl.constexpr,
-    SCANS: tl.constexpr,
-    SCAN: tl.constexpr,
     MOST_GROUPS: tl.constexpr,
     FEW_GROUPS: tl.constexpr,
     NUCLEUS_GROUPS: tl.constexpr,
 ):
-    """The token of one row. total: Σ exp(scaled - highest) over the whole row."""
+    """The token of one row, -1 where it has to be searched for.
+
+    total: Σ exp(scaled - highest) over the whole row.
+    """
     g = tl.arange(0, GROUPS)
     maxima = tl.load(group_max + g, mask=g < groups, other=float("-inf"))
     alive = maxima > float("-inf")
     living = tl.sum(alive.to(tl.int32), 0)
     nucleus = tl.minimum(tl.maximum(living // 2, 1), NUCLEUS_GROUPS)
     last = tl.where(top_k < vocab, tl.minimum(top_k, MOST_GROUPS), nucleus)
-    k = tl.where(top_k < vocab, last, tl.minimum(nucleus, FEW_GROUPS))
-    c = tl.arange(0, CANDIDATES)
     open_end = (top_k >= vocab) & (floor == float("-inf"))
+    k = tl.where(open_end, tl.minimum(nucleus, FEW_GROUPS), last)
+    c = tl.arange(0, CANDIDATES)
     everything = floor == float("inf")
     enough = everything
     found = tl.zeros([], tl.int32)
@@ -758,10 +766,53 @@ def draw_filtered(
         _best, winner = tl.max(value, 0, return_indices=True)
         token = tl.load(tokens + winner)
     else:
-        token = draw_by_search(
-            source, vocab, temperature, floor, highest, top_k, top_p, seed, position, SCANS, SCAN
-        )
+        token = tl.zeros([], tl.int32) - 1
     return token
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def search_kernel(
+    source,
+    slots,
+    positions,
+    numbers,
+    counts,
+    seeds,
+    tile_max,
+    token_ids,
+    vocab,
+    tiles,
+    source_stride,
+    TILES: tl.constexpr,
+    SCANS: tl.constexpr,
+    SCAN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (rows). Draws for the rows that `draw_kernel` left at -1."""
+    launch_dependents(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    wait(PDL)
+    if tl.load(token_ids + row) < 0:
+        t = tl.arange(0, TILES)
+        maxima = tl.load(tile_max + row * tiles + t, mask=t < tiles, other=float("-inf"))
+        highest = tl.max(maxima, 0)
+        slot = tl.load(slots + row).to(tl.int64)
+        min_p = tl.load(numbers + slot * 6 + 1)
+        top_k = tl.load(counts + slot * 5)
+        token = draw_by_search(
+            source + row * source_stride,
+            vocab,
+            tl.load(numbers + slot * 6),
+            tl.where(min_p > 0, highest + tl.log(min_p), float("-inf")),
+            highest,
+            tl.where((top_k > 0) & (top_k < vocab), top_k, vocab),
+            tl.load(numbers + slot * 6 + 2),
+            tl.load(seeds + slot),
+            tl.load(positions + row).to(tl.int64),
+            SCANS,
+            SCAN,
+        )
+        tl.store(token_ids + row, token.to(tl.int64))
 
 
 @triton.jit
@@ -946,8 +997,6 @@ def sample(
         CANDIDATES=CANDIDATES,
         GATHERED=GATHERED,
         PAIRS=PAIRS,
-        SCANS=SCANS,
-        SCAN=SCAN,
         MOST_GROUPS=MOST_GROUPS,
         FEW_GROUPS=FEW_GROUPS,
         NUCLEUS_GROUPS=NUCLEUS_GROUPS,
@@ -956,6 +1005,25 @@ def sample(
         num_warps=8,
         **dependent(logits),
     )
+    if filtered:
+        search_kernel[(n,)](
+            source,
+            slots,
+            positions,
+            rows.numbers,
+            rows.counts,
+            rows.seeds,
+            scratch.tile_floats[0],
+            token_ids,
+            vocab,
+            tiles,
+            source.stride(0),
+            TILES=power_of_2(tiles),
+            SCANS=SCANS,
+            SCAN=SCAN,
+            num_warps=16,
+            **dependent(logits),
+        )
     return token_ids, finite
 
 
@@ -1035,8 +1103,6 @@ def draw_variant(label: str, dtype: str, vocab: int, *, filter: bool, race: bool
             "CANDIDATES": CANDIDATES,
             "GATHERED": GATHERED,
             "PAIRS": PAIRS,
-            "SCANS": SCANS,
-            "SCAN": SCAN,
             "MOST_GROUPS": MOST_GROUPS,
             "FEW_GROUPS": FEW_GROUPS,
             "NUCLEUS_GROUPS": NUCLEUS_GROUPS,
@@ -1061,4 +1127,25 @@ AOT = [
     draw_variant("filtered", "*bf16", 151936, filter=True, race=True),
     draw_variant("filtered", "*fp32", 262144, filter=True, race=True),
 ]
-AOT += [older(AOT[3]), older(AOT[7])]
+AOT += [
+    Variant(
+        f"draw by search {dtype[1:]}",
+        search_kernel,
+        {
+            **{
+                name: POINTERS[name]
+                for name in ("slots", "positions", "numbers", "counts", "seeds")
+            },
+            "tile_max": "*fp32",
+            "token_ids": "*i64",
+            "source": dtype,
+            **dict.fromkeys(("vocab", "tiles", "source_stride"), "i32"),
+        },
+        {"TILES": 64, "SCANS": SCANS, "SCAN": SCAN, "PDL": True},
+        num_warps=16,
+        unaligned=("tiles",),
+        capability=90,
+    )
+    for dtype in ("*bf16", "*fp32")
+]
+AOT += [older(AOT[3]), older(AOT[7]), older(AOT[-1])]

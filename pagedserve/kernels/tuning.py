@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pagedserve.kernels import dispatch, gpu, launch
-from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, Table
+from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, SplitK, Table
 from pagedserve.kernels.gpu_matrix import GpuMatrix
 from pagedserve.kernels.split_k import MAX_PROGRAMS, MAX_ROWS, Scratch
 
@@ -52,7 +52,12 @@ def candidates(product: Product, table: Table) -> list[Choice]:
                     found.append(replace(rule, parts=parts, num_stages=stages))
         if table.capability >= 90:
             found.append(replace(rule, early=True))
-    return found
+    room = dispatch.SHARED_BYTES.get(table.capability, min(dispatch.SHARED_BYTES.values()))
+    return [
+        choice
+        for choice in found
+        if not isinstance(choice, SplitK) or dispatch.shared_bytes(product, choice) <= room
+    ]
 
 
 def measure(products: Iterable[Product], device: torch.device, cache: Path) -> Table:

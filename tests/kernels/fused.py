@@ -34,11 +34,11 @@ class Place:
         return self.random(rows, columns + 16)[:, :columns]
 
 
-def assert_close(got: Tensor, wanted: Tensor) -> None:
-    """In the dtype of `got`; `wanted` in float32."""
+def assert_close(got: Tensor, wanted: Tensor, times: int = 1) -> None:
+    """To so many times the tolerance of `got`'s dtype; `wanted` in float32."""
     assert got.shape == wanted.shape
     error, length = (got.double() - wanted.double()).norm(), wanted.double().norm()
-    assert error <= TOLERANCE[got.dtype] * length, f"off by {error / length:.2e}"
+    assert error <= times * TOLERANCE[got.dtype] * length, f"off by {error / length:.2e}"
 
 
 def settle(place: Place) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 
 import pytest
 
-from pagedserve.kernels import dispatch
+from pagedserve.kernels import dispatch, tuning
 from pagedserve.kernels.dispatch import Gemv, Library, Product, SplitK, Table, by_rule
 
 IDENTITY = {"gpu": "one", "triton": "3.6.0"}
@@ -51,6 +52,21 @@ def test_stages_fit_into_the_shared_memory_of_a_block(
         choice = dispatch.split_blocks(Product(rows, size, 4096, gated), 132, capability)
         stage = 2 * choice.block_k * (choice.block_n * (2 if gated else 1) + rows)
         assert choice.num_stages * stage <= shared << 10
+        assert not choice.early
+        assert choice.num_stages * stage == dispatch.shared_bytes(
+            Product(rows, size, 4096, gated), choice
+        )
+
+
+def test_candidates_of_tuning_fit_the_gpu_and_hold_the_library() -> None:
+    for rows, gated in itertools.product((1, 2, 16, 64), (False, True)):
+        for capability, shared in ((86, 99), (90, 227)):
+            product = Product(rows, 3072, 1024, gated)
+            found = tuning.candidates(product, Table(132, capability))
+            assert Library() in found and len(found) > 2
+            for choice in found:
+                if isinstance(choice, SplitK):
+                    assert dispatch.shared_bytes(product, choice) <= shared << 10
 
 
 def test_findings_come_back_from_disk_and_win_over_the_rules(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pagedserve.kernels import dispatch, gpu, launch, tuning
 from pagedserve.kernels.activation import GATED
-from pagedserve.kernels.dispatch import Choice, Gemv, Product, SplitK
+from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, SplitK
 from pagedserve.kernels.gpu_matrix import GpuMatrix
 from pagedserve.kernels.matrix import RmsWeight
 from pagedserve.kernels.norm import add_rms_norm
@@ -54,7 +54,12 @@ def check_product(
     scratch.part.fill_(float("nan"))
     matrix = GpuMatrix(weight, scratch, table({product.key: choice} if choice else None))
     settle(place)
-    assert_close(matrix.fused(x, **around), product_meaning(x, weight, around))
+    got, wanted = matrix.fused(x, **around), product_meaning(x, weight, around)
+    if isinstance(matrix.choose(rows, fused["gated"] is not None), Library):
+        # Rounded thrice: what the norm gives, the product, and what comes behind it.
+        assert_close(got, wanted, times=2)
+    else:
+        assert_close(got, wanted)
     assert not scratch.count.any()
 
 
@@ -78,7 +83,11 @@ def test_blocks_of_a_gemv(choice: Choice, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", (5, 16, 31, 64))
-@pytest.mark.parametrize("choice", (SplitK(1), SplitK(3), SplitK(16, num_stages=3)), ids=str)
+@pytest.mark.parametrize(
+    "choice",
+    (SplitK(1, num_stages=4), SplitK(3, early=True, num_stages=3), SplitK(16, num_stages=3)),
+    ids=str,
+)
 def test_shares_of_a_product(choice: Choice, rows: int) -> None:
     check_product(BFLOAT, rows, 200, 4104, choice, bias=True, residual=True)
     check_product(BFLOAT, rows, 1024, 2048, choice, gated="silu")
