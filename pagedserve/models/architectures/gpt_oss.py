@@ -20,7 +20,7 @@ EXPERTS = {
 @arch("GptOssForCausalLM")
 def gpt_oss(c: Config) -> DecoderSpec:
     if c.get("swiglu_alpha", 1.702) != 1.702:
-        raise StartupError(f"swiglu_alpha must be 1.702, got {c['swiglu_alpha']}")
+        raise StartupError(f"config.json: swiglu_alpha must be 1.702, got {c['swiglu_alpha']}")
     moe = Moe(
         c["num_local_experts"],
         c["num_experts_per_tok"],
