@@ -54,7 +54,8 @@ def check_product(
     scratch.part.fill_(float("nan"))
     matrix = GpuMatrix(weight, scratch, table({product.key: choice} if choice else None))
     settle(place)
-    got, wanted = matrix.fused(x, **around), product_meaning(x, weight, around)
+    wanted = product_meaning(x, weight, around)  # before: the residual may be written over
+    got = matrix.fused(x, **around)
     if isinstance(matrix.choose(rows, fused["gated"] is not None), Library):
         # Rounded thrice: what the norm gives, the product, and what comes behind it.
         assert_close(got, wanted, times=2)
