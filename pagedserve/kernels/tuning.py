@@ -60,7 +60,24 @@ def candidates(product: Product, table: Table) -> list[Choice]:
     ]
 
 
-def measure(products: Iterable[Product], device: torch.device, cache: Path) -> Table:
+def products(
+    shapes: Iterable[tuple[int, int]], gates: Iterable[tuple[int, int]], rows: Iterable[int]
+) -> list[Product]:
+    """Of matrices (out, in), those in `gates` as gate and up, for each number of rows."""
+    gated = set(gates)
+    return [
+        Product(n, out // 2 if (out, columns) in gated else out, columns, (out, columns) in gated)
+        for out, columns in sorted(shapes)
+        for n in rows
+    ]
+
+
+def measure(
+    products: Iterable[Product],
+    device: torch.device,
+    cache: Path,
+    on_finding: Callable[[str], None] = log.info,
+) -> Table:
     """Try all candidates for each, in bfloat16; save and return what won."""
     index = device.index or 0
     identity = gpu.identity(device)
@@ -79,7 +96,7 @@ def measure(products: Iterable[Product], device: torch.device, cache: Path) -> T
         if times[best] > SLACK * times[rule]:
             best = rule
         table.findings[product.key] = best
-        log.info("%s: %s, %.1f µs (rule %.1f)", product.key, best, times[best], times[rule])
+        on_finding(f"{product.key}: {best}, {times[best]:.1f} µs (rule {times[rule]:.1f})")
     dispatch.save(table, path, identity)
     return table
 
