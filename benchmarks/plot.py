@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.svg")
     args = parser.parse_args()
     data = read(args.data)
-    try:
-        import matplotlib
-    except ImportError:
+    if find_spec("matplotlib") is None:
         sys.exit("plot.py: needs matplotlib; pip install matplotlib")
-    matplotlib.use("svg")
-    # Text stays text, and the same data gives the same file.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pagedserve"})
     draw(data, args.out)
     print(f"{args.out}: {len(data['decode'])} points", file=sys.stderr)
 
@@ -55,9 +51,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any], out: Path) -> None:
-    """The whole figure."""
+    """The whole figure, as SVG whose text stays text; the same data gives the same bytes."""
+    import matplotlib
     import matplotlib.pyplot as plt
 
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pagedserve"})
     models = list(dict.fromkeys(row["model"] for row in data["decode"]))
     looks = looks_of(data["decode"])
     figure, panels = plt.subplots(
