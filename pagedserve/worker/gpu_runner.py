@@ -50,7 +50,7 @@ class GpuStep:
 
     buffers: Buffers
     rows: int  # of the stage
-    sampled: list[int]  # rows that draw
+    sampled: list[int] | None  # rows that draw; None: all of the step
     slots: list[Slot]  # theirs
     logprobs: tuple[list[int], LogprobColumns] | None
     prompt: list[tuple[Slot, LogprobColumns]]
@@ -59,15 +59,19 @@ class GpuStep:
         """Wait, and read the tokens."""
         self.buffers.done.synchronize()
         drawn, finite = self.buffers.results[: 2 * self.rows].view(2, -1).tolist()
-        output = StepOutput(
-            [drawn[row] for row in self.sampled],
-            bad_slots=[
-                slot for row, slot in zip(self.sampled, self.slots, strict=True) if not finite[row]
-            ],
-        )
+        if self.sampled is None:
+            drawn, finite = drawn[: len(self.slots)], finite[: len(self.slots)]
+        else:
+            drawn = [drawn[row] for row in self.sampled]
+            finite = [finite[row] for row in self.sampled]
+        output = StepOutput(drawn)
+        if not all(finite):
+            output.bad_slots.extend(
+                slot for slot, good in zip(self.slots, finite, strict=True) if not good
+            )
         if self.logprobs is not None:
             places, columns = self.logprobs
-            entries: list[TokenLogprobs | None] = [None] * len(self.sampled)
+            entries: list[TokenLogprobs | None] = [None] * len(self.slots)
             for place, entry in zip(places, columns.to_entries(), strict=True):
                 entries[place] = entry
             output.logprobs.extend(entries)
@@ -164,8 +168,11 @@ class GpuRunner:
         self._at = (self._at + 1) % RING
         self._send(step, size, buffers)
         needs = self._sampler.needs(step.slots)
-        sampled = [row for row, samples in enumerate(step.samples) if samples]
-        slots = [step.slots[row] for row in sampled]
+        # In a step of standing decode rows all draw: nothing is picked out for each of them.
+        sampled, slots = None, step.slots
+        if not all(step.samples):
+            sampled = [row for row, samples in enumerate(step.samples) if samples]
+            slots = [step.slots[row] for row in sampled]
         found, prompt = None, []
         if self._wants_logprobs(step):
             # Op by op: a graph keeps nothing of what these are taken from.
@@ -226,13 +233,14 @@ class GpuRunner:
         )
 
     def _find_logprobs(
-        self, logits: Tensor, sampled: list[int], slots: list[Slot]
+        self, logits: Tensor, sampled: list[int] | None, slots: list[Slot]
     ) -> tuple[list[int], LogprobColumns] | None:
         """Of the rows that asked for them, from the logits before any processor."""
         places = [at for at, slot in enumerate(slots) if slot in self._logprobs]
         if not places:
             return None
-        rows = torch.tensor([sampled[at] for at in places]).to(self._device, non_blocking=True)
+        of_step = places if sampled is None else [sampled[at] for at in places]
+        rows = torch.tensor(of_step).to(self._device, non_blocking=True)
         drawn = self._memory.results[rows].long()
         wanted: list[int | None] = [self._logprobs[slots[at]] for at in places]
         return places, logprob_columns(logits[rows].float(), drawn, wanted)
