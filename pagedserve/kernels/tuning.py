@@ -27,6 +27,7 @@ log = logging.getLogger("pagedserve")
 ROTATED_BYTES = 256 << 20  # several times the L2 cache
 MAX_COPIES = 64
 REPLAYS = 7
+FEW_OUTPUTS = 8192
 SLACK = 0.98  # a finding that is hardly faster than the rule's choice is noise
 
 
@@ -52,6 +53,10 @@ def candidates(product: Product, table: Table) -> list[Choice]:
                     found.append(replace(rule, parts=parts, num_stages=stages))
         if table.capability >= 90:
             found.append(replace(rule, early=True))
+        if product.size <= FEW_OUTPUTS:
+            # Half as many outputs a program, for matrices that leave multiprocessors idle.
+            narrow = replace(rule, block_n=dispatch.BLOCK_N // 2)
+            found += [replace(narrow, parts=n) for n in sorted({1, rule.parts})]
     room = dispatch.SHARED_BYTES.get(table.capability, min(dispatch.SHARED_BYTES.values()))
     return [
         choice

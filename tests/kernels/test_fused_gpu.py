@@ -86,7 +86,12 @@ def test_blocks_of_a_gemv(choice: Choice, rows: int) -> None:
 @pytest.mark.parametrize("rows", (5, 16, 31, 64))
 @pytest.mark.parametrize(
     "choice",
-    (SplitK(1, num_stages=4), SplitK(3, early=True, num_stages=3), SplitK(16, num_stages=3)),
+    (
+        SplitK(1, num_stages=4),
+        SplitK(3, early=True, num_stages=3),
+        SplitK(2, 32, num_stages=3),
+        SplitK(16, num_stages=3),
+    ),
     ids=str,
 )
 def test_shares_of_a_product(choice: Choice, rows: int) -> None:
