@@ -10,6 +10,7 @@ from typing import Any
 from pagedserve.errors import StartupError
 from pagedserve.models.architectures.registry import ARCHITECTURES
 from pagedserve.models.architectures.values import check_values
+from pagedserve.models.config_json import shown
 from pagedserve.models.soundness import check_spec
 from pagedserve.spec import DecoderSpec
 
@@ -59,7 +60,10 @@ def spec_of(
 
 def architecture(config: dict[str, Any]) -> str:
     """The first of `architectures`, the model's class."""
-    names = config.get("architectures") or ["(none given)"]
-    if not isinstance(names, list) or not isinstance(names[0], str):
-        raise StartupError("config.json: architectures must be a list of class names")
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise StartupError(
+            "config.json: architectures must be a list of class names, the model's own first, got "
+            f"{shown(names)}"
+        )
     return names[0]
