@@ -4,7 +4,7 @@
 PY ?= python3
 ARGS ?=
 OUT ?= build/demo
-BENCH ?= $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+BENCH ?= $(filter-out benchmarks/_% benchmarks/plot.py,$(wildcard benchmarks/*.py))
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ check: .venv/.check ## format, lint, types and the laws of imports
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -qq tests/test_architecture.py
 
-# demo_bars.py asks a running server; without one it says so, and the others run all the same.
+# Some scripts ask a running server or want a GPU; without one they say so, and the others run all the same.
 bench: .venv/.test ## run the benchmarks, or BENCH=benchmarks/one.py; each prints one JSON line
 	@status=0; for script in $(BENCH); do $(PYTHON) $$script $(ARGS) || status=1; done; exit $$status
 
