@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -131,7 +132,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 
     `seed` is always set: with the position it keys every random draw, so the same request gives the
     same tokens whatever shares its batch, and a replay continues the same text. `priority`: lower
-    first. `arrival`: seconds, `time.monotonic()` of the machine.
+    first. `arrival`, and the `deadline` of its start: `time.monotonic()` seconds of the machine.
+    `tenant` is whose it is, `weight` that tenant's share against the others'.
     """
 
     id: int
@@ -140,6 +142,9 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     priority: int = 0
     arrival: float = 0.0
+    tenant: int = 0
+    weight: float = 1.0
+    deadline: float = math.inf
 
 
 def choice_seed(seed: int, index: int) -> int:
