@@ -5,7 +5,8 @@
     DIE        the process exits with status 3
     FAIL       this request fails after two tokens
     SLOW       one token each 20 ms
-    NEVER      no token at all
+    NEVER      no token at all: it waits in the queue
+    BEGUN      it is computed, and never has a token
 
 Its Stats say how many it runs and, as `preemptions`, how many live requests were aborted, as
 `prefix_hits`, how many aborts came for requests that were not alive.
@@ -37,7 +38,7 @@ from pagedserve.engine.channel import (
 from pagedserve.request import Request
 from pagedserve.step import TokenLogprobs
 
-DIE, FAIL, SLOW, NEVER = 6661, 6662, 6663, 6664
+DIE, FAIL, SLOW, NEVER, BEGUN = 6661, 6662, 6663, 6664, 6665
 MAX_MODEL_LEN = 2048
 STEP_SECONDS = 0.001
 
@@ -107,6 +108,10 @@ class Toy:
             return
         if order == SLOW:
             row.due = now + 0.02
+        if order == BEGUN:
+            row.due = float("inf")
+            outputs.started.append((id, 0))
+            return
         if row.written == 0:
             outputs.started.append((id, 1))
             self.prompt_logprobs(request, outputs)
@@ -164,7 +169,8 @@ def main(fd: int) -> None:
             tokenizer = Tokenizer.from_file(options["model"] + "/tokenizer.json")
             vocab_size, eos = tokenizer.get_vocab_size(), tokenizer.token_to_id("</s>")
         longest = options["max_model_len"] or MAX_MODEL_LEN
-        channel.send(Ready(vocab_size, longest, 100, 16, 256, [eos], "cpu", "float32", 0.1))
+        slots = options["max_num_seqs"] or 256
+        channel.send(Ready(vocab_size, longest, 100, 16, slots, [eos], "cpu", "float32", 0.1))
         Toy(channel, eos, vocab_size).run()
     except ChannelClosed:
         pass
