@@ -129,6 +129,8 @@ class GpuRunner:
 
     def warm_up(self) -> None:
         """Compile what the first requests run: one-token steps of a few sizes, and a prompt."""
+        # Kernels read weights before they wait for those in front of them (`kernels.launch`).
+        torch.cuda.synchronize(self._device)
         slots = self.info.max_num_seqs
         for rows in sorted({min(rows, slots) for rows in WARM_ROWS}):
             self._run_empty([2] * rows, 1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -333,3 +336,27 @@ def test_answers_may_end_early_where_that_is_wanted(bench: Bench) -> None:
         status, line = bench(server.url, *SHORT, "--model", "m", "--no-ignore-eos")
         assert status == 0 and line["output_tokens"] == 18
         assert all("ignore_eos" not in body for body in server.bodies)
+
+
+def hanging_for_long(write: Write, body: dict[str, Any]) -> None:
+    write(HEAD + chunk(piece()))
+    time.sleep(2)
+
+
+def test_an_interrupted_run_leaves_no_process_and_no_traceback() -> None:
+    with Misbehaving(hanging_for_long) as server:
+        command = [sys.executable, "-m", "pagedserve", "bench", "serve", "--base-url", server.url]
+        process = subprocess.Popen(
+            [*command, *SHORT, "--model", "m", "--num-prompts", "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while len(server.bodies) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        (client,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        shown, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in shown
+    assert not Path(f"/proc/{client}").exists()
