@@ -52,7 +52,8 @@ def test_a_tenant_that_floods_waits_for_one_that_does_not() -> None:
 def test_tenants_with_work_get_tokens_by_their_weights(weight: float) -> None:
     """One sends long sequences, the other as many short ones."""
     r = random.Random(int(weight))
-    s = scheduler(slots=4, blocks=256, budget=64)
+    pool = BlockPool(256, caching=False)  # what is cached would be free
+    s = Scheduler(pool, block_size=4, max_num_seqs=4, max_num_batched_tokens=64)
     cost, num_begun = Counter[int](), Counter[int]()
     sizes: dict[int, tuple[int, int, int]] = {}
     for id in range(1, 2401):
