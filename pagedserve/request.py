@@ -132,6 +132,10 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     `seed` is always set: with the position it keys every random draw, so the same request gives the
     same tokens whatever shares its batch, and a replay continues the same text. `priority`: lower
     first. `arrival`: seconds, `time.monotonic()` of the machine.
+
+    A request that goes on after its engine died brings the tokens it has `written` already, which
+    are part of its answer and not of its prompt, and the number of prompt log-probabilities that
+    were received (`num_scored`): neither is sent again.
     """
 
     id: int
@@ -140,6 +144,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     priority: int = 0
     arrival: float = 0.0
+    written: list[int] = []
+    num_scored: int = 0
 
 
 def choice_seed(seed: int, index: int) -> int:
