@@ -4,7 +4,7 @@
 PY ?= python3
 ARGS ?=
 OUT ?= build/demo
-BENCH ?= $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+BENCH ?= $(filter-out benchmarks/_% benchmarks/plot.py,$(wildcard benchmarks/*.py))
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
@@ -18,13 +18,16 @@ serve: .venv/.serve ## serve the bundled demo model, or what ARGS says
 test: .venv/.test ## run the tests
 	$(PYTHON) -m pytest -q $(ARGS)
 
+marathon: .venv/.test ## run the long forms of the tests of survival
+	$(PYTHON) -m pytest -q -m marathon --timeout=3600 $(ARGS)
+
 check: .venv/.check ## format, lint, types and the laws of imports
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -qq tests/test_architecture.py
 
-# demo_bars.py asks a running server; without one it says so, and the others run all the same.
+# Some scripts ask a running server or want a GPU; without one they say so, and the others run all the same.
 bench: .venv/.test ## run the benchmarks, or BENCH=benchmarks/one.py; each prints one JSON line
 	@status=0; for script in $(BENCH); do $(PYTHON) $$script $(ARGS) || status=1; done; exit $$status
 
@@ -53,4 +56,4 @@ clean: ## remove the environment and every cache
 
 # One pip at a time in one environment, also under make -j.
 .NOTPARALLEL:
-.PHONY: help serve test check bench demo docs clean
+.PHONY: help serve test marathon check bench demo docs clean

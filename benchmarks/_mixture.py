@@ -84,14 +84,16 @@ def run(*, quick: bool, sweep: bool) -> dict[str, Any]:
         operations = tokens * TOP_K * SIZE * HIDDEN * 3 * 2
         floor = max(read / rate / 1e6, operations / FLOPS * 1e6)
         entry: dict[str, Any] = {"floor": round(floor, 1)}
-        limits = (0, 1 << 30) if tokens * TOP_K <= 256 and sweep else (moe.ALONE_CHOICES,)
-        for limit in limits:
-            kept, moe.ALONE_CHOICES = moe.ALONE_CHOICES, limit
+        kept = moe.by_itself
+        ways = {"ours": kept}
+        if tokens * TOP_K <= 256 and sweep:
+            ways = {"grouped": lambda *_: False, "alone": lambda *_: True}
+        for name, way in ways.items():
+            moe.by_itself = way
             time = microseconds(
                 [partial(e.mixture, x, logits, routing, residual=residual) for e in layers]
             )
-            moe.ALONE_CHOICES = kept
-            name = "ours" if len(limits) == 1 else "alone" if limit else "grouped"
+            moe.by_itself = kept
             entry[name] = round(time, 1)
         if sweep and tokens >= 1024:
             kept_blocks, times = moe.blocks_for, {}

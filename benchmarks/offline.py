@@ -24,6 +24,7 @@ from typing import Any
 
 import workload
 
+from pagedserve.commands.bench.roofline import ITEM_BYTES, Roofline, chip_named, read_spec
 from pagedserve.config import Config, add_flags
 from pagedserve.engine.channel import Finish
 from pagedserve.engine.client import EngineClient
@@ -85,6 +86,9 @@ def main() -> None:
     facts["flags"] = " ".join(rest)
     assert client.ready is not None
     facts["num_blocks"] = client.ready.num_blocks
+    facts["seed"] = options.get("seed", 0)
+    spec, chip = read_spec(SHAPES / args.shape), chip_named(client.ready.device)
+    roof = Roofline(spec, chip, ITEM_BYTES[client.ready.dtype]) if spec and chip else None
     for name in args.workloads:
         for repetition in range(args.repetitions):
             found = measure(client, name, repetition)
@@ -92,6 +96,9 @@ def main() -> None:
             if peer is not None:
                 value = found["value"]
                 found["times_vllm"] = round(value / peer if name == "A" else peer / value, 3)
+            if roof is not None:
+                fraction = roofline_fraction(roof, name, found["value"], client.ready.max_num_seqs)
+                found["roofline_fraction"] = round(fraction, 3)
             print(json.dumps({"benchmark": name, "run": repetition, **found, **facts}), flush=True)
     client.close(10.0)
 
@@ -129,6 +136,18 @@ def measure(client: EngineClient, name: str, repetition: int) -> dict[str, Any]:
         (one,) = run(client, [(workload.prefill(number, 3 * repetition + extra), 1)])
         spans.append(one.at[0] - began)
     return {"value": round(1e3 * statistics.median(spans), 2), "unit": "ms to the token"}
+
+
+def roofline_fraction(roof: Roofline, name: str, value: float, max_rows: int) -> float:
+    """Least time over measured time of the workload that gave `value` (docs/performance.md)."""
+    if name == "A":
+        lengths = [(len(prompt), length) for prompt, length in workload.offline()]
+        count = sum(length for _, length in lengths)
+        return roof.work_seconds(lengths, max_rows) * value / count
+    number = int(name[1:])
+    if name[0] == "B":
+        return 1e3 * roof.decode_seconds(number, 512 + 256 / 2) / value
+    return 1e3 * roof.prefill_seconds(number) / value
 
 
 def run(client: EngineClient, work: list[tuple[list[int], int]]) -> list[Times]:

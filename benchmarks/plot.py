@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.svg")
     args = parser.parse_args()
     data = read(args.data)
-    try:
-        import matplotlib
-    except ImportError:
+    if find_spec("matplotlib") is None:
         sys.exit("plot.py: needs matplotlib; pip install matplotlib")
-    matplotlib.use("svg")
-    # Text stays text, and the same data gives the same file.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pagedserve"})
     draw(data, args.out)
     print(f"{args.out}: {len(data['decode'])} points", file=sys.stderr)
 
@@ -55,9 +52,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any], out: Path) -> None:
-    """The whole figure."""
+    """The whole figure, as SVG whose text stays text; the same data gives the same bytes."""
+    import matplotlib
     import matplotlib.pyplot as plt
 
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pagedserve"})
     models = list(dict.fromkeys(row["model"] for row in data["decode"]))
     looks = looks_of(data["decode"])
     figure, panels = plt.subplots(
@@ -65,9 +65,10 @@ def draw(data: dict[str, Any], out: Path) -> None:
     )
     for panel, model in zip(panels[0], models, strict=True):
         floor(panel, model, data)
+        sizes = sorted({row["batch"] for row in data["decode"] if row["model"] == model})
         for series, (colour, mark) in looks.items():
             found = [r for r in data["decode"] if (r["model"], r["series"]) == (model, series)]
-            line(panel, sorted(found, key=lambda r: r["batch"]), series, colour, mark)
+            line(panel, sorted(found, key=lambda r: r["batch"]), sizes, series, colour, mark)
         panel.set(xscale="log", yscale="log", title=model, xlabel="ms between tokens of a sequence")
         plain_ticks(panel)
         panel.grid(True, linewidth=0.3)
@@ -94,17 +95,23 @@ def looks_of(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     return looks
 
 
-def line(panel: Any, rows: list[dict[str, Any]], label: str, colour: str, mark: str) -> None:
-    """One series, its points labelled with their batch."""
+def line(
+    panel: Any, rows: list[dict[str, Any]], sizes: list[int], label: str, colour: str, mark: str
+) -> None:
+    """One series, its points labelled with their batch.
+
+    Only neighbours among the panel's `sizes` are joined: nothing is claimed of what lies between.
+    """
     if not rows:
         return
-    times = [row["ms"] for row in rows]
-    rates = [1e3 * row["batch"] / row["ms"] for row in rows]
+    points = {row["batch"]: (row["ms"], 1e3 * row["batch"] / row["ms"]) for row in rows}
+    gap = (math.nan, math.nan)
+    times, rates = zip(*(points.get(size, gap) for size in sizes), strict=True)
     panel.plot(times, rates, color=colour, marker=mark, markersize=4, linewidth=1.2, label=label)
-    for row, x, y in zip(rows, times, rates, strict=True):
+    for batch, place in points.items():
         panel.annotate(
-            str(row["batch"]),
-            (x, y),
+            str(batch),
+            place,
             textcoords="offset points",
             xytext=(4, -9),
             fontsize=7,

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pagedserve.commands import bench, convert, models, pull
+from pagedserve.commands import bench, convert, models, pull, tune
 from pagedserve.commands.console import Console, drop_output, say, write
 from pagedserve.config import Config, add_flags
 from pagedserve.errors import PagedServeError
@@ -88,6 +88,10 @@ def parser() -> argparse.ArgumentParser:
     models_ = commands.add_parser("models", help="list the architectures that can be served")
     models.add_flags(models_)
     models_.set_defaults(command=models.run)
+
+    tune_ = commands.add_parser("tune", help="find the fastest kernels for a model on this GPU")
+    tune.add_flags(tune_)
+    tune_.set_defaults(command=tune.run)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(command=print_version)

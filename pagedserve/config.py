@@ -127,6 +127,31 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 picks a free one", low=0)
     api_key: str | None = option(None, "key that clients must send (or set PAGEDSERVE_API_KEY)")
+    api_key_file: str | None = option(
+        None, "file of keys, a name:key a line, with shares and quotas; read again when it changes"
+    )
+    max_queued_requests: int | None = option(
+        None,
+        "sequences that may wait beyond the --max-num-seqs that are computed, before requests are "
+        "refused with 429; 8 times as many, and 1024 at least, if left out",
+        low=0,
+    )
+    max_queued_tokens: int | None = option(
+        None,
+        "prompt tokens that may wait before requests are refused with 429; 4 times what the KV "
+        "cache holds, and a million at least, if left out",
+        low=1,
+    )
+    max_requests_per_key: int = option(
+        0, "requests and streams that one API key may have open at once; 0 is no limit", low=0
+    )
+    queue_timeout: float = option(
+        0.0, "seconds a request may wait before it is computed; 0 is no limit", low=0
+    )
+    ttft_timeout: float = option(
+        0.0, "seconds a request may take to its first token; 0 is no limit", low=0
+    )
+    request_timeout: float = option(0.0, "seconds a request may take in all; 0 is no limit", low=0)
     max_body_bytes: int = option(16 << 20, "longest request body", low=1024)
     shutdown_timeout: float = option(
         30.0, "seconds that running requests get to finish after Ctrl-C or SIGTERM", low=0
@@ -134,8 +159,8 @@ class ServerConfig:
     access_log: bool = option(False, "log every HTTP request")
     max_engine_restarts: int = option(
         5,
-        "times in a row that a dead engine is restarted, its requests going on, with no token "
-        "between; 0: the server ends with its engine",
+        "times in a row that a dead engine of a server is restarted, its requests going on, with "
+        "no token between; 0: the server ends with its engine, and does not watch for stalls",
         low=0,
     )
     engine_stall_timeout: float | None = option(

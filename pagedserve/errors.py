@@ -6,6 +6,8 @@
     │   ├── AuthenticationError     401
     │   ├── NotFoundError           404
     │   └── BodyTooLarge            413
+    ├── BusyError                   429  more than is allowed at a time; says when to come again
+    ├── DeadlineError               504  it took longer than the server allows; 408: the client
     ├── UnavailableError            503  not now: loading, draining or dead; says which
     └── StartupError                 –   cannot start: bad flag, bad checkpoint, no memory
 
@@ -76,6 +78,32 @@ class BodyTooLarge(RequestError):
 
     status = 413
     code = "body_too_large"
+
+
+class BusyError(PagedServeError):
+    """More than the server, or the client's quota, takes now. `retry_after`: seconds to wait."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int, code: str | None = None):
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
+
+
+class DeadlineError(PagedServeError):
+    """A request's time is over. 408 where the client set it, 504 where the server did."""
+
+    status = 504
+    type = "timeout_error"
+    code = "timeout"
+
+    def __init__(self, message: str, *, code: str, by_client: bool = False):
+        super().__init__(message, code=code)
+        self.by_client = by_client
+        if by_client:
+            self.status = 408
 
 
 class UnavailableError(PagedServeError):

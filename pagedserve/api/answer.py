@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.types import Receive
 
+from pagedserve.api.admission import Admission, Visit
 from pagedserve.api.metrics import Metrics
 from pagedserve.engine.channel import Finish
 from pagedserve.engine.client import EngineClient
@@ -43,11 +45,17 @@ class LiveSequence:
         self.cached_tokens = 0
         self.prompt_entries: list[TokenLogprobs] = []
         self.ended = False
+        self.waits = True  # until the engine computes it for the first time
         self._answer = answer
         self._last = request.arrival
 
     def started(self, cached_tokens: int) -> None:
+        if not self.waits:  # a restarted engine begins again what it had begun
+            return
+        self.waits = False
         self.cached_tokens = cached_tokens
+        self._answer.computed = True
+        self._answer.admission.started(self._answer.visit.tenant, self.num_prompt)
 
     def prompt_logprobs(self, entries: list[TokenLogprobs]) -> None:
         self.prompt_entries += entries
@@ -81,23 +89,46 @@ class LiveSequence:
     def _measure(self) -> None:
         now = time.monotonic()
         gaps = self._answer.metrics
-        (gaps.first_token if self.stream.num_tokens == 1 else gaps.inter_token).add(
-            now - self._last
-        )
+        if self.stream.num_tokens == 1:
+            self._answer.written = True
+            gaps.first_token.add(now - self._last)
+        else:
+            gaps.inter_token.add(now - self._last)
         self._last = now
 
     def _end(self, reason: str) -> None:
         assert not self.ended, "a sequence ends once"
         self.ended = True
         self._answer.metrics.ended(self.num_prompt, self.stream.num_tokens, reason)
+        self._answer.admission.ended(
+            self._answer.visit.tenant,
+            reason,
+            num_prompt=self.num_prompt,
+            num_generated=self.stream.num_tokens,
+            waited=self.waits,
+        )
 
 
 class Answer:
-    """What one HTTP request gets. Made by `Service.submit`; its reader calls `close` at the end."""
+    """What one HTTP request gets. Made by `Service.submit`; its reader calls `close` at the end.
 
-    def __init__(self, client: EngineClient, metrics: Metrics, on_close: Callable[[Answer], None]):
+    `computed`: the engine has begun with one of the sequences; `written`: one has a token.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        metrics: Metrics,
+        on_close: Callable[[Answer], None],
+        admission: Admission,
+        visit: Visit,
+    ):
         self.client = client
         self.metrics = metrics
+        self.admission = admission
+        self.visit = visit
+        self.computed = False
+        self.written = False
         self.sequences: list[LiveSequence] = []
         self.arrival = time.monotonic()
         self._on_close = on_close
@@ -106,6 +137,7 @@ class Answer:
         self._num_open = 0
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, request: Request, stream: TextStream) -> LiveSequence:
         """A sink for `request`, the next of this answer's sequences."""
@@ -164,9 +196,30 @@ class Answer:
         if self._closed:
             return
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         self._abort_live()
         self.metrics.request_latency.add(time.monotonic() - self.arrival)
         self._on_close(self)
+
+    def keep_time(self) -> None:
+        """From now on the answer fails when a deadline of its visit passes before it is whole."""
+        until = self.visit.deadlines.next(computed=self.computed, written=self.written)
+        if until < math.inf:
+            wait = max(0.0, until - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(wait, self._on_time)
+
+    def _on_time(self) -> None:
+        # What the engine has written is the client's, however slowly it reads.
+        if self._error is not None or self._num_open == 0:
+            return
+        deadlines, now = self.visit.deadlines, time.monotonic()
+        if now < deadlines.next(computed=self.computed, written=self.written):
+            self.keep_time()  # the deadline that has passed was met; the next one
+            return
+        reason, error = deadlines.expired(now, computed=self.computed, written=self.written)
+        self.admission.counts.expired[reason] += 1
+        self.fail(error)
 
     def _abort_live(self) -> None:
         live = [sequence for sequence in self.sequences if not sequence.ended]

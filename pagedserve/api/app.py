@@ -1,7 +1,7 @@
 """The routes, and what every request passes through.
 
-RequestId ─▶ RequireKey ─▶ BodyLimit ─▶ route ─▶ handler(service, request)
-                                          └─ an error of errors.py becomes its OpenAI object
+RequestId ─▶ RequireKey ─▶ BodyLimit ─▶ Door ─▶ route ─▶ handler(service, request)
+                                                  └─ an error of errors.py becomes its OpenAI object
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from pagedserve.api import health, openai_models
 from pagedserve.api.answer import ClientGone
 from pagedserve.api.auth import RequireKey
+from pagedserve.api.door import Door
 from pagedserve.api.limits import BodyLimit, RequestId
 from pagedserve.api.openai_chat import create_chat_completion
 from pagedserve.api.openai_completions import create_completion
@@ -61,6 +62,7 @@ def build_app(service: Service, *, key: str | None = None) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, on_client_gone)
     app.add_exception_handler(Exception, on_bug)
     # The last added is the first to see a request.
+    app.add_middleware(Door, service=service)
     app.add_middleware(BodyLimit, max_bytes=service.config.server.max_body_bytes)
     if key:
         app.add_middleware(RequireKey, key=key)

@@ -7,9 +7,10 @@ own histograms take a lock and a linear search. They are only made to render `/m
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from pagedserve.api.admission import EXPIRE_REASONS, REJECT_REASONS, Admission
 from pagedserve.engine.channel import Stats
 
 if TYPE_CHECKING:
@@ -55,9 +56,13 @@ class Buckets:
 
 
 class Metrics:
-    """Figures of one served model. `stats` is the engine's last message, None before the first."""
+    """Figures of one served model. `stats` is the engine's last message, None before the first.
 
-    def __init__(self, model_name: str):
+    `admission` has those of the door; they are read when `/metrics` is.
+    """
+
+    def __init__(self, model_name: str, admission: Admission | None = None):
+        self._admission = admission
         self.stats: Stats | None = None
         self.engine_restarts = 0
         self.quarantined = 0
@@ -97,7 +102,11 @@ class Metrics:
         yield self._counter(
             "generation_tokens", "Tokens written for ended requests", self.generation_tokens
         )
-        yield self._by_reason()
+        yield self._by_label(
+            "request_success", "Ended sequences", "finished_reason", self.ended_by_reason
+        )
+        if self._admission is not None:
+            yield from self._admission_families(self._admission)
         yield from self._death_families()
         for name, text, buckets in (
             ("time_to_first_token_seconds", "From arrival to first token", self.first_token),
@@ -149,6 +158,48 @@ class Metrics:
             family.add_metric([*self._labels.values(), self.last_death], 1.0)
         yield family
 
+    def _admission_families(self, admission: Admission) -> Iterator[Metric]:
+        """What was let in, refused and given up, and what each API key used."""
+        counts = admission.counts
+        yield self._gauge(
+            "queue_requests", "Sequences that no step has computed yet", admission.num_waiting
+        )
+        yield self._gauge(
+            "queue_tokens", "Prompt tokens that wait with them", admission.waiting_tokens
+        )
+        yield self._gauge("live_sequences", "Sequences admitted, not ended", admission.num_live)
+        yield self._gauge(
+            "open_requests",
+            "HTTP requests under way, those that are still being read among them",
+            sum(account.num_open for account in admission.accounts.values()),
+        )
+        yield self._counter("admitted_sequences", "Sequences let in", counts.admitted)
+        yield self._by_label(
+            "rejected_requests",
+            "HTTP requests refused with 429",
+            "reason",
+            dict.fromkeys(REJECT_REASONS, 0) | counts.rejected,
+        )
+        yield self._by_label(
+            "expired_requests",
+            "HTTP requests given up at a deadline",
+            "reason",
+            dict.fromkeys(EXPIRE_REASONS, 0) | counts.expired,
+        )
+        accounts = admission.accounts.items()
+        yield self._by_label(
+            "key_prompt_tokens",
+            "Prompt tokens of an API key's ended sequences that were computed",
+            "key",
+            {name: account.prompt_tokens for name, account in accounts},
+        )
+        yield self._by_label(
+            "key_generation_tokens",
+            "Tokens written for an API key's ended sequences",
+            "key",
+            {name: account.generation_tokens for name, account in accounts},
+        )
+
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         from prometheus_client.core import GaugeMetricFamily
 
@@ -170,11 +221,10 @@ class Metrics:
         family.add_metric(list(self._labels.values()), buckets.cumulative(), buckets.sum)
         return family
 
-    def _by_reason(self) -> Metric:
+    def _by_label(self, name: str, text: str, label: str, counts: Mapping[str, float]) -> Metric:
         from prometheus_client.core import CounterMetricFamily
 
-        labels = [*self._labels, "finished_reason"]
-        family = CounterMetricFamily(PREFIX + "request_success", "Ended sequences", labels=labels)
-        for reason, count in self.ended_by_reason.items():
-            family.add_metric([*self._labels.values(), reason], count)
+        family = CounterMetricFamily(PREFIX + name, text, labels=[*self._labels, label])
+        for value, count in counts.items():
+            family.add_metric([*self._labels.values(), value], count)
         return family

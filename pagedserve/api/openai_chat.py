@@ -9,6 +9,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from pagedserve.api.answer import Answer, reading
+from pagedserve.api.door import visit_of
 from pagedserve.api.openai_logprobs import chat_logprobs
 from pagedserve.api.openai_schema import NEUTRAL_CHAT, ChatBody, read_body
 from pagedserve.api.openai_shapes import Head, check_model, choices_of, json_response, usage_of
@@ -33,7 +34,7 @@ async def create_chat_completion(service: Service, request: HttpRequest) -> Resp
     )
     large = len(await request.body()) > INLINE_BYTES
     prompt, params = await in_thread_if(large, prepare, service, body, params)
-    answer = service.submit([prompt], [params], priority=body.priority or 0)
+    answer = service.submit([prompt], [params], visit_of(request), priority=body.priority or 0)
     assert service.tokenizer is not None
     if body.stream:
         head = Head.of(service, request, "chatcmpl", "chat.completion.chunk")

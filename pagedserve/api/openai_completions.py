@@ -9,6 +9,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from pagedserve.api.answer import Answer, reading
+from pagedserve.api.door import visit_of
 from pagedserve.api.openai_logprobs import Table, prompt_offsets
 from pagedserve.api.openai_schema import NEUTRAL_COMPLETION, CompletionBody, read_body
 from pagedserve.api.openai_shapes import Head, check_model, choices_of, json_response, usage_of
@@ -55,7 +56,7 @@ async def create_completion(service: Service, request: HttpRequest) -> Response:
     head = Head.of(service, request, "cmpl", "text_completion")
     large = len(await request.body()) > INLINE_BYTES
     job = await in_thread_if(large, prepare, service, body, head)
-    answer = service.submit(job.prompts, job.params, priority=body.priority or 0)
+    answer = service.submit(job.prompts, job.params, visit_of(request), priority=body.priority or 0)
     if body.stream:
         return EventStream(answer, CompletionEvents(service, job, answer))
     rendering = Choices(service, job, answer)

@@ -14,7 +14,14 @@ from starlette.responses import Response
 
 from pagedserve.api.answer import Answer, joined
 from pagedserve.api.service import Service
-from pagedserve.errors import NotFoundError, PagedServeError, UnavailableError, shorten
+from pagedserve.errors import (
+    BusyError,
+    DeadlineError,
+    NotFoundError,
+    PagedServeError,
+    UnavailableError,
+    shorten,
+)
 from pagedserve.text.deltas import Delta
 from pagedserve.version import __version__
 
@@ -103,6 +110,11 @@ def error_response(error: PagedServeError) -> Response:
     response = Response(body, error.status, media_type="application/json")
     if isinstance(error, UnavailableError):
         response.headers["Retry-After"] = RETRY_AFTER_SECONDS
+    if isinstance(error, BusyError):
+        response.headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, DeadlineError) and error.by_client:
+        # OpenAI's clients try a 408 again by themselves; whoever set the time has no more of it.
+        response.headers["X-Should-Retry"] = "false"
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

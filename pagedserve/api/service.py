@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from pagedserve.api import checkpoint
+from pagedserve.api.admission import Admission, Visit
 from pagedserve.api.answer import Answer
 from pagedserve.api.checkpoint import TextSide
 from pagedserve.api.metrics import Metrics
@@ -56,7 +57,8 @@ class Service:
         self.config = config
         self.client = client
         self.model_name = served_name(config)
-        self.metrics = Metrics(self.model_name)
+        self.admission = Admission(config.server)
+        self.metrics = Metrics(self.model_name, self.admission)
         self.started_at = time.monotonic()
         self.created = int(time.time())
         self.draining = False
@@ -152,6 +154,8 @@ class Service:
         self.client.configure(options)
         if self.client.ready is None:
             await self._ready.wait()
+        assert self.client.ready is not None
+        self.admission.settle(self.client.ready)
         self.text = text
 
     def _enter(self, phase: str, detail: str = "") -> None:
@@ -266,15 +270,29 @@ class Service:
         return settled.replace(max_tokens=min(settled.max_tokens, usual_tokens))
 
     def submit(
-        self, prompts: list[list[int]], params: list[SamplingParams], *, priority: int = 0
+        self,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        visit: Visit,
+        *,
+        priority: int = 0,
     ) -> Answer:
         """Send checked prompts to the engine, `n` sequences each; the caller closes the answer.
 
         Sequence `i * n + j` is choice j of prompt i. The same seed gives prompt i's choice j the
-        same text whatever the other prompts are.
+        same text whatever the other prompts are. Raises BusyError where the queue is full,
+        DeadlineError where the visit's time is over already.
         """
         self.check_available()
-        answer = Answer(self.client, self.metrics, self.answers.discard)
+        self.admission.check_time(visit)
+        lengths = [
+            len(prompt)
+            for prompt, wanted in zip(prompts, params, strict=True)
+            for _ in range(wanted.n)
+        ]
+        self.admission.admit(visit.tenant, lengths)
+        # From here on every sequence has a sink, which counts its end.
+        answer = Answer(self.client, self.metrics, self.answers.discard, self.admission, visit)
         requests: list[Request] = []
         for prompt, wanted in zip(prompts, params, strict=True):
             for index in range(wanted.n):
@@ -290,6 +308,7 @@ class Service:
         except PagedServeError:
             answer.close()
             raise
+        answer.keep_time()
         return answer
 
     def _stream(self, request: Request) -> TextStream:

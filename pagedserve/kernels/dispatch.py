@@ -26,6 +26,7 @@ GEMV_ROWS = 4
 SPLIT_ROWS = 64
 # Gated? → rows → the largest matrix for which a gemv was as fast as the tensor cores.
 MOST_WEIGHTS = {False: {2: 64 << 20, 4: 4 << 20}, True: {2: 8 << 20, 4: 0}}
+FEW_OUTPUTS, HEAD_SIZE = 4096, 65536
 BLOCK_N, BLOCK_K = 64, 128  # of split_k
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of a block, by GPU
 
@@ -106,15 +107,20 @@ def by_rule(product: Product, processors: int, capability: int) -> Choice:
         return Library()
     if rows <= GEMV_ROWS and weights <= MOST_WEIGHTS[product.gated].get(rows, weights):
         return gemv_blocks(product)
+    if rows <= GEMV_ROWS and product.size > HEAD_SIZE and not product.gated:
+        return Library()
     return split_blocks(product, processors, capability)
 
 
 def gemv_blocks(product: Product) -> Gemv:
     """Rows as long as they are, up to 64 sums a thread; fewer outputs where there are few."""
     lines = product.rows * (2 if product.gated else 1)
+    few = product.size <= FEW_OUTPUTS and not product.gated
     longest = min(4096 if product.rows == 1 else 2048, 8192 // lines, product.columns)
+    if few and product.rows > 1 and product.columns >= 4096:
+        longest = 1024
     block_k = max(512, 1 << (longest.bit_length() - 1))
-    if block_k >= 2048 and product.size <= 4096 and not product.gated:
+    if few and block_k >= 2048:
         return Gemv(1, block_k, 4)
     warps = min(4, block_k // 256)
     return Gemv(max(1, min(4, 64 * 32 * warps // (block_k * lines))), block_k, warps)

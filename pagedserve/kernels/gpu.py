@@ -23,7 +23,8 @@ TABLE = "products.json"
 class GpuKernels:
     """`scratch` is shared by all products of a device's stream, `table` says how they are done.
 
-    `counts`: by number of experts, zeros that all layers count their choices in.
+    `counts`: by number of experts, zeros that all layers count their choices in. `shapes`:
+    (out, in) of every matrix so far, for tuning.
     """
 
     scratch: Scratch
@@ -31,6 +32,7 @@ class GpuKernels:
     ops: Ops = gpu_ops
     head_ops: HeadOps = gpu_ops
     counts: dict[int, Tensor] = field(default_factory=dict)
+    shapes: set[tuple[int, int]] = field(default_factory=set)
 
     @classmethod
     def on(cls, device: torch.device, cache: Path) -> GpuKernels:
@@ -47,6 +49,7 @@ class GpuKernels:
         """`weight` [out, in] as it is; float32 by torch alone, which is exact there."""
         if not gpu_matrix.fits(weight):
             return PlainMatrix(weight)
+        self.shapes.add((weight.shape[0], weight.shape[1]))
         return gpu_matrix.GpuMatrix(weight, self.scratch, self.table)
 
     def experts(self, weights: ExpertWeights) -> Experts:

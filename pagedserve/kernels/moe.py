@@ -30,7 +30,6 @@ from pagedserve.kernels.gemv import UNROLLED, inputs_at, weights_at
 from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
 
 MAX_EXPERTS = 1024
-ALONE_CHOICES = 32  # up to so many choices are computed each by itself
 COLUMNS = 1024  # of one program of `combine`
 
 
@@ -359,6 +358,11 @@ class Blocks:
     near: int
 
 
+def by_itself(tokens: int, top_k: int, experts: int) -> bool:
+    """Whether each choice reads its expert for itself: few enough that hardly two share one."""
+    return tokens == 1 or tokens * top_k <= min(32, experts // 4)
+
+
 def blocks_for(tokens_each: float, gated: bool) -> Blocks:
     """By how many tokens an expert has on average."""
     if tokens_each <= 16:
@@ -461,9 +465,9 @@ class GpuExperts:
         residual: Tensor | None = None,
     ) -> Tensor:
         """x: [T, C]; weights: [T, k] float32; experts: [T, k] int32 or int64 → [T, C]."""
-        if experts.numel() <= ALONE_CHOICES:
+        tokens, k = experts.shape
+        if by_itself(tokens, k, self.up.shape[0]):
             return self.alone(x, weights, experts, on_input, residual)
-        tokens = x.shape[0]
         buckets = self.buckets(tokens)
         experts = experts.contiguous()
         bucket_kernel[(triton.cdiv(experts.numel(), 256),)](
@@ -489,7 +493,7 @@ class GpuExperts:
     ) -> Tensor:
         """Routing included: x [T, C], logits [T, E] → residual + Σ weight · expert(x): [T, C]."""
         tokens = x.shape[0]
-        if tokens * routing.top_k <= ALONE_CHOICES:
+        if by_itself(tokens, routing.top_k, self.up.shape[0]):
             weights, chosen = route(logits, routing)
             return self.alone(x, weights, chosen, on_input, residual)
         buckets = self.buckets(tokens)

@@ -260,7 +260,7 @@ def variant(
         },
         num_stages=num_stages,
         unaligned=("M", "SK"),
-        sass=("HGMMA", "LDGSTS"),
+        sass=("HGMMA" if block_n >= 64 else "HMMA", "LDGSTS"),
         capability=90,
     )
 
@@ -279,6 +279,8 @@ AOT = [
     variant(64, residual=True, num_stages=4),
     variant(64, gated=True, split=False, num_stages=3),
     variant(16, even=False, bias=True),
+    variant(16, block_n=32),
+    variant(64, block_n=32, gated=True, num_stages=4),
     variant(64, block_n=128, split=False, num_stages=3),
 ]
 AOT += [older(variant(16, num_stages=3)), older(variant(64, gated=True, num_stages=2))]

@@ -27,6 +27,7 @@ log = logging.getLogger("pagedserve")
 ROTATED_BYTES = 256 << 20  # several times the L2 cache
 MAX_COPIES = 64
 REPLAYS = 7
+FEW_OUTPUTS = 8192
 SLACK = 0.98  # a finding that is hardly faster than the rule's choice is noise
 
 
@@ -52,6 +53,10 @@ def candidates(product: Product, table: Table) -> list[Choice]:
                     found.append(replace(rule, parts=parts, num_stages=stages))
         if table.capability >= 90:
             found.append(replace(rule, early=True))
+        if product.size <= FEW_OUTPUTS:
+            # Half as many outputs a program, for matrices that leave multiprocessors idle.
+            narrow = replace(rule, block_n=dispatch.BLOCK_N // 2)
+            found += [replace(narrow, parts=n) for n in sorted({1, rule.parts})]
     room = dispatch.SHARED_BYTES.get(table.capability, min(dispatch.SHARED_BYTES.values()))
     return [
         choice
@@ -60,7 +65,24 @@ def candidates(product: Product, table: Table) -> list[Choice]:
     ]
 
 
-def measure(products: Iterable[Product], device: torch.device, cache: Path) -> Table:
+def products(
+    shapes: Iterable[tuple[int, int]], gates: Iterable[tuple[int, int]], rows: Iterable[int]
+) -> list[Product]:
+    """Of matrices (out, in), those in `gates` as gate and up, for each number of rows."""
+    gated = set(gates)
+    return [
+        Product(n, out // 2 if (out, columns) in gated else out, columns, (out, columns) in gated)
+        for out, columns in sorted(shapes)
+        for n in rows
+    ]
+
+
+def measure(
+    products: Iterable[Product],
+    device: torch.device,
+    cache: Path,
+    on_finding: Callable[[str], None] = log.info,
+) -> Table:
     """Try all candidates for each, in bfloat16; save and return what won."""
     index = device.index or 0
     identity = gpu.identity(device)
@@ -79,7 +101,7 @@ def measure(products: Iterable[Product], device: torch.device, cache: Path) -> T
         if times[best] > SLACK * times[rule]:
             best = rule
         table.findings[product.key] = best
-        log.info("%s: %s, %.1f µs (rule %.1f)", product.key, best, times[best], times[rule])
+        on_finding(f"{product.key}: {best}, {times[best]:.1f} µs (rule {times[rule]:.1f})")
     dispatch.save(table, path, identity)
     return table
 

@@ -18,7 +18,8 @@ class Embedding:
     """table: [vocab, E]; positions: [rows, C], row p + `offset` for position p.
 
     `scale` multiplies the table's rows, in the model's own precision, as it was trained: 16 bits
-    round the factor too, when the model is put together. `widen`: [C, E], where E is not the hidden size.
+    round the factor too, when the model is put together. `widen`: [C, E], where E is not the
+    hidden size.
     """
 
     table: Tensor

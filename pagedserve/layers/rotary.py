@@ -38,7 +38,8 @@ class Rotary:
         kind = rope.scaling.get("rope_type", "default")
         if kind not in SCALINGS:
             raise StartupError(
-                f"rope type {kind!r} is not supported; supported: {', '.join(SCALINGS)}"
+                f"config.json: rope type {kind!r} is not supported; supported: "
+                f"{', '.join(SCALINGS)}"
             )
         frequencies, self.factor = SCALINGS[kind](rope, context)
         self.frequencies = (-frequencies if rope.backwards else frequencies).to(device)

@@ -36,7 +36,8 @@ NATIVE = """\
 
 {families} families, {names} names. Each is tested as a tiny random checkpoint in fp32 through the
 paged path: two sequences of different length in one batch, prompts in chunks, then token by token;
-logits equal the oracle's to a relative 1e-5 and 32 greedy tokens are the same. The oracle is
+logits equal the oracle's to a relative 1e-5 and 32 greedy tokens are the same (of the text parts of
+models with images, and of families that are another one under other names: logits). The oracle is
 transformers or, where that has no such class, a reference in plain torch, written from the paper
 and the published config. {witnesses} of the families are also equal to a relative 1e-4 when they
 are forced through transformers' modeling, as a second witness.

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as their_logging
@@ -28,7 +29,7 @@ from pagedserve.models.fallback_attention import PAGED, PROBE, NotExpressible, r
 from pagedserve.models.fallback_check import check
 from pagedserve.models.fallback_probe import Traced, trace, trace_shapes
 from pagedserve.models.filenames import listing
-from pagedserve.models.shards import stored_tensors
+from pagedserve.models.shards import Stored, stored_tensors
 from pagedserve.models.weights import DUMMY_RANGE
 
 OF_THE_BATCH = ("dynamic", "longrope")  # rope types whose angles depend on the longest sequence
@@ -262,7 +263,7 @@ def dummy(found: Found, asked: Asked) -> Any:
 def checkpoint(found: Found, asked: Asked) -> Any:
     """The weights of the safetensors files, every tensor accounted for. Raises StartupError."""
     directory = asked.directory
-    stored_tensors(directory)  # pickles, damaged and missing files have their own messages
+    stored = stored_tensors(directory)  # pickles, damaged and missing files have their own messages
     try:
         model, info = found.kind.from_pretrained(
             directory,
@@ -287,7 +288,19 @@ def checkpoint(found: Found, asked: Asked) -> Any:
         found_keys = info.get(kind) or ()
         if names := sorted(k if isinstance(k, str) else str(k[0]) for k in found_keys):
             raise StartupError(f"{directory} {words.format(len(names), listing(names))}")
+    keep_padding_rows(model, stored)
     return model.eval().to(asked.device.torch)
+
+
+def keep_padding_rows(model: Any, stored: Mapping[str, Stored]) -> None:
+    """Read them again: some classes set an embedding's row of the padding token to zero when they
+    load, although it is a row of the head too where the two are tied."""
+    for name, module in model.named_modules():
+        row = getattr(module, "padding_idx", None)
+        key = f"{name}.weight"
+        if isinstance(module, torch.nn.Embedding) and row is not None and key in stored:
+            with safe_open(stored[key].path, "pt") as file, torch.no_grad():
+                module.weight[row] = file.get_slice(key)[row].to(module.weight)
 
 
 @contextlib.contextmanager

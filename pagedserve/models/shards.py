@@ -77,15 +77,23 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     if absent := lacking(index):
         raise StartupError(f"{directory} lacks shards of {index.name}: {listing(absent)}")
     found: dict[str, Stored] = {}
+    twice: list[tuple[str, Path, Path]] = []
     for shard in sorted(set(shard_of.values())):
         for name, stored in read_header(directory / shard).items():
-            if shard_of.get(name, shard) == shard:  # a copy in a shard the index does not name
-                found[name] = stored
+            if shard_of.get(name, shard) != shard:  # a copy in a shard the index does not name
+                continue
+            if name in found:
+                twice.append((name, found[name].path, stored.path))
+            found[name] = stored
     unfound = sorted(shard_of.keys() - found.keys())
     if unfound:
         raise StartupError(
             f"{index} names {len(unfound)} tensors that their files lack: "
             f"{listing([f'{name} of {shard_of[name]}' for name in unfound])}"
+        )
+    for name, one, other in twice:
+        raise StartupError(
+            f"{one} and {other} both hold {name}, and {index.name} does not say which counts"
         )
     return found
 
@@ -100,6 +108,11 @@ def single_file(directory: Path) -> Path:
             f"{directory} has its weights as pickles only ({listing(pickles)}). They run code when "
             f"they are opened, so they are not read; write safetensors beside them with: "
             f"pagedserve convert {shlex.quote(str(directory))}"
+        )
+    if others := sorted(path.name for path in directory.glob("*.safetensors")):
+        raise StartupError(
+            f"{directory} has neither {SINGLE} nor {INDEX}, only {listing(others)}: one file must "
+            f"have the first name, of several the second must say which holds what"
         )
     raise StartupError(
         f"{directory} has no weights: neither {SINGLE} nor {INDEX} (random ones of the right "

@@ -27,7 +27,7 @@ from pagedserve.worker import kv_cache
 from pagedserve.worker.gpu_sampler import GpuSampler
 from pagedserve.worker.prompt_logprobs import PromptLogprobs, by_slot
 from pagedserve.worker.sampler import LogprobColumns, logprob_columns
-from pagedserve.worker.stages import Memory, Size, Sizes, Stage, Stages
+from pagedserve.worker.stages import Memory, Size, Sizes, Stages
 
 RING = 4  # steps whose buffers are in use: more than are ever in flight
 MAX_GROWTHS = 8192  # of one message; what is beyond goes in a copy of its own
@@ -50,7 +50,7 @@ class GpuStep:
 
     buffers: Buffers
     rows: int  # of the stage
-    sampled: list[int]  # rows that draw
+    sampled: list[int] | None  # rows that draw; None: all of the step
     slots: list[Slot]  # theirs
     logprobs: tuple[list[int], LogprobColumns] | None
     prompt: list[tuple[Slot, LogprobColumns]]
@@ -59,15 +59,19 @@ class GpuStep:
         """Wait, and read the tokens."""
         self.buffers.done.synchronize()
         drawn, finite = self.buffers.results[: 2 * self.rows].view(2, -1).tolist()
-        output = StepOutput(
-            [drawn[row] for row in self.sampled],
-            bad_slots=[
-                slot for row, slot in zip(self.sampled, self.slots, strict=True) if not finite[row]
-            ],
-        )
+        if self.sampled is None:
+            drawn, finite = drawn[: len(self.slots)], finite[: len(self.slots)]
+        else:
+            drawn = [drawn[row] for row in self.sampled]
+            finite = [finite[row] for row in self.sampled]
+        output = StepOutput(drawn)
+        if not all(finite):
+            output.bad_slots.extend(
+                slot for slot, good in zip(self.slots, finite, strict=True) if not good
+            )
         if self.logprobs is not None:
             places, columns = self.logprobs
-            entries: list[TokenLogprobs | None] = [None] * len(self.sampled)
+            entries: list[TokenLogprobs | None] = [None] * len(self.slots)
             for place, entry in zip(places, columns.to_entries(), strict=True):
                 entries[place] = entry
             output.logprobs.extend(entries)
@@ -125,6 +129,8 @@ class GpuRunner:
 
     def warm_up(self) -> None:
         """Compile what the first requests run: one-token steps of a few sizes, and a prompt."""
+        # Kernels read weights before they wait for those in front of them (`kernels.launch`).
+        torch.cuda.synchronize(self._device)
         slots = self.info.max_num_seqs
         for rows in sorted({min(rows, slots) for rows in WARM_ROWS}):
             self._run_empty([2] * rows, 1)
@@ -164,14 +170,19 @@ class GpuRunner:
         self._at = (self._at + 1) % RING
         self._send(step, size, buffers)
         needs = self._sampler.needs(step.slots)
-        stage = self._stages.run(size, needs)
-        sampled = [row for row, samples in enumerate(step.samples) if samples]
-        slots = [step.slots[row] for row in sampled]
-        found = self._find_logprobs(stage, sampled, slots) if self._logprobs else None
-        prompt = []
-        if self._prompts.wanted:
-            assert stage.hidden is not None
-            prompt = self._prompts.of(step, list(range(len(step.slots))), stage.hidden)
+        # In a step of standing decode rows all draw: nothing is picked out for each of them.
+        sampled, slots = None, step.slots
+        if not all(step.samples):
+            sampled = [row for row, samples in enumerate(step.samples) if samples]
+            slots = [step.slots[row] for row in sampled]
+        found, prompt = None, []
+        if self._wants_logprobs(step):
+            # Op by op: a graph keeps nothing of what these are taken from.
+            made = self._stages.compute(size, needs)
+            found = self._find_logprobs(made.logits, sampled, slots)
+            prompt = self._prompts.of(step, list(range(len(step.slots))), made.hidden)
+        else:
+            self._stages.run(size, needs)
         results = self._memory.results[: 2 * size.rows]
         buffers.results[: 2 * size.rows].copy_(results, non_blocking=True)
         buffers.done.record()
@@ -216,18 +227,25 @@ class GpuRunner:
         slots, index, blocks = columns.to(self._device, non_blocking=True)
         self._memory.block_tables[slots, index] = blocks.int()
 
+    def _wants_logprobs(self, step: Step) -> bool:
+        """Whether any of the step's rows asked for log-probabilities, of its answer or prompt."""
+        return not (
+            self._logprobs.keys().isdisjoint(step.slots)
+            and self._prompts.wanted.keys().isdisjoint(step.slots)
+        )
+
     def _find_logprobs(
-        self, stage: Stage, sampled: list[int], slots: list[Slot]
+        self, logits: Tensor, sampled: list[int] | None, slots: list[Slot]
     ) -> tuple[list[int], LogprobColumns] | None:
-        """Of the rows that asked for them, from the stage's logits before any processor."""
+        """Of the rows that asked for them, from the logits before any processor."""
         places = [at for at, slot in enumerate(slots) if slot in self._logprobs]
         if not places:
             return None
-        assert stage.logits is not None
-        rows = torch.tensor([sampled[at] for at in places]).to(self._device, non_blocking=True)
+        of_step = places if sampled is None else [sampled[at] for at in places]
+        rows = torch.tensor(of_step).to(self._device, non_blocking=True)
         drawn = self._memory.results[rows].long()
         wanted: list[int | None] = [self._logprobs[slots[at]] for at in places]
-        return places, logprob_columns(stage.logits[rows].float(), drawn, wanted)
+        return places, logprob_columns(logits[rows].float(), drawn, wanted)
 
     def _buffers(self, layout: Message, rows: int) -> Buffers:
         message = torch.zeros(layout.size, dtype=torch.int32, pin_memory=True)

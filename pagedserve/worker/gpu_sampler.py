@@ -60,9 +60,9 @@ class GpuSampler:
     def needs(self, slots: list[Slot]) -> Needs:
         """What these slots need, all together."""
         return Needs(
-            drawn=not self._drawn.isdisjoint(slots),
-            filtered=not self._filtered.isdisjoint(slots),
-            processed=not self._processed.isdisjoint(slots),
+            drawn=meet(self._drawn, slots),
+            filtered=meet(self._filtered, slots),
+            processed=meet(self._processed, slots),
         )
 
     def sample(
@@ -80,6 +80,11 @@ class GpuSampler:
     def _write(self, into: Tensor, slot: Slot, values: tuple[float, ...]) -> None:
         row = torch.tensor(values, dtype=into.dtype)
         into[slot, : len(values)] = row.to(self._device, non_blocking=True)
+
+
+def meet(some: set[Slot], slots: list[Slot]) -> bool:
+    """Whether any of `slots` is among `some`, which is mostly empty."""
+    return bool(some) and not some.isdisjoint(slots)
 
 
 def note(slots: set[Slot], slot: Slot, wanted: bool) -> None:

@@ -42,6 +42,14 @@ def workspace_bytes(spec: ModelShape, limits: Limits, itemsize: int) -> int:
     return activations + attention + logits
 
 
+def gpu_bytes(spec: ModelShape, limits: Limits, itemsize: int, block_size: int) -> int:
+    """The same on a GPU, whose steps run op by op and as graphs, each with memory of its own, and
+    which keeps every sequence's tokens (int64) and block table (int32, twice) in permanent rows."""
+    length = limits.max_model_len + 1
+    row = length * 8 + -(-length // block_size) * 4 * 2
+    return 2 * workspace_bytes(spec, limits, itemsize) + (limits.max_num_seqs + 1) * row
+
+
 def width(layer: Layer, hidden_size: int) -> int:
     """Numbers a token that are alive in the widest part of a layer."""
     attn, ffn = layer.attn, layer.ffn

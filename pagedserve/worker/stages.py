@@ -59,14 +59,20 @@ class Memory:
 
 @dataclass(slots=True)
 class Stage:
-    """`hidden`, `logits`: what the last run made, until the next; `graph`: once it is captured."""
+    """`graph`: once it is captured; `runs`: before that."""
 
     size: Size
     needs: Needs
-    hidden: Tensor | None = None
-    logits: Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
     runs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Of one step run op by op: hidden states of all tokens [T, C], logits of all rows [R, V]."""
+
+    hidden: Tensor
+    logits: Tensor
 
 
 @dataclass(slots=True)
@@ -82,34 +88,35 @@ class Stages:
     known: dict[tuple[Size, Needs], Stage] = field(default_factory=dict)
     pool: Any = None  # what torch calls a handle
 
-    def run(self, size: Size, needs: Needs) -> Stage:
-        """Enqueue a step whose message is in `memory.message`; the stage that ran it."""
+    def run(self, size: Size, needs: Needs) -> None:
+        """Enqueue a step whose message is in `memory.message`."""
         stage = self.known.get((size, needs))
         if stage is None:
             stage = self.known[size, needs] = Stage(size, needs)
         if stage.graph is not None:
             stage.graph.replay()
-            return stage
-        if not self.eager and stage.runs >= SEEN_BEFORE_CAPTURE and self.decoder.capturable:
+        elif not self.eager and stage.runs >= SEEN_BEFORE_CAPTURE and self.decoder.capturable:
             self.capture(stage)
-            return stage
-        stage.runs += 1
-        self.compute(stage)
-        return stage
+        else:
+            stage.runs += 1
+            self.compute(size, needs)
 
     def capture(self, stage: Stage) -> None:
-        """Record the stage as a graph and run it."""
+        """Record the stage as a graph and run it.
+
+        Nothing that it makes is kept, so that all graphs share the memory of the largest.
+        """
         graph = torch.cuda.CUDAGraph()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self.pool):
-            self.compute(stage)
+            self.compute(stage.size, stage.needs)
         stage.graph = graph
         graph.replay()
 
-    def compute(self, stage: Stage) -> None:
+    def compute(self, size: Size, needs: Needs) -> Made:
         """The whole step, op by op."""
-        memory, size = self.memory, stage.size
+        memory = self.memory
         inputs = memory.inputs.cut(size.rows, size.tokens)
         step_inputs.make_inputs(
             memory.message,
@@ -122,12 +129,13 @@ class Stages:
         )
         batch = batch_of(size, inputs, memory.block_size)
         plan = self.backend.plan(batch)
-        stage.hidden = self.decoder.forward(batch, memory.kv, self.backend, plan)
-        last = stage.hidden if not size.mixed else stage.hidden[inputs.last]
-        stage.logits = self.decoder.head_logits(last)
-        drawn, finite = self.sampler.sample(stage.logits, inputs.slots, inputs.places, stage.needs)
+        hidden = self.decoder.forward(batch, memory.kv, self.backend, plan)
+        last = hidden[inputs.last] if size.mixed else hidden
+        logits = self.decoder.head_logits(last)
+        drawn, finite = self.sampler.sample(logits, inputs.slots, inputs.places, needs)
         results = memory.results[: 2 * size.rows]
         step_inputs.append(drawn, finite, inputs, memory.token_ids, results)
+        return Made(hidden, logits)
 
 
 def batch_of(size: Size, inputs: Inputs, block_size: int) -> Batch:

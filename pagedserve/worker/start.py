@@ -88,10 +88,15 @@ def settle(config: Config, device: Device, model: LoadedModel) -> EngineInfo:
     )
     block_size = config.cache.block_size
     available = device.memory()
+    itemsize = model.dtype.itemsize
+    if device.is_gpu:
+        workspace = memory.gpu_bytes(spec, limits, itemsize, block_size)
+    else:
+        workspace = memory.workspace_bytes(spec, limits, itemsize)
     num_blocks = memory.plan_blocks(
         config.cache,
         block_bytes=kv_cache.block_bytes(spec, block_size, model.dtype),
-        workspace=memory.workspace_bytes(spec, limits, model.dtype.itemsize),
+        workspace=workspace,
         free_bytes=available.free,
         total_bytes=available.total,
         on_gpu=device.is_gpu,

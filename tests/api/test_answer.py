@@ -11,11 +11,14 @@ import pytest
 from fastapi import FastAPI
 
 from pagedserve.api import sse
+from pagedserve.api.admission import ANYBODY, Admission, Visit
 from pagedserve.api.answer import Answer, ClientGone, joined, reading
 from pagedserve.api.app import on_bug, on_error
+from pagedserve.api.deadlines import Deadlines
 from pagedserve.api.metrics import Metrics
 from pagedserve.api.openai_shapes import error_response
 from pagedserve.api.sse import DONE, KEEP_ALIVE, Envelope, EventStream
+from pagedserve.config import ServerConfig
 from pagedserve.engine.channel import Finish
 from pagedserve.engine.client import EngineClient
 from pagedserve.errors import PagedServeError, RequestError, UnavailableError
@@ -41,11 +44,19 @@ class Client:
 class Bed:
     """An answer of `n` sequences with what is around it."""
 
-    def __init__(self, n: int = 1, **params: Any):
+    def __init__(self, n: int = 1, deadlines: Deadlines = Deadlines(), **params: Any):  # noqa: B008
         self.client = Client()
         self.closed: list[Answer] = []
         self.metrics = Metrics("toy")
-        self.answer = Answer(cast(EngineClient, self.client), self.metrics, self.closed.append)
+        self.admission = Admission(ServerConfig())
+        self.answer = Answer(
+            cast(EngineClient, self.client),
+            self.metrics,
+            self.closed.append,
+            self.admission,
+            Visit(deadlines=deadlines),
+        )
+        self.admission.admit(ANYBODY, [1] * n)
         wanted = SamplingParams(**params)
         self.sinks = [
             self.answer.add(Request(id, [1], wanted, 0), TextStream(TOKENIZER, wanted))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from typing import Any
 
 import httpx
@@ -224,35 +223,34 @@ def test_unknown_routes_have_openais_shape(
     check_error(http.request(method, path), status, None)
 
 
-def test_refusals_are_fast_and_running_requests_do_not_notice(
+def test_running_requests_go_on_while_bad_ones_are_refused(
     server: Server, client: openai.OpenAI
 ) -> None:
-    """Each refusal within 50 ms on an idle machine; here with room for a busy one."""
-    gaps: list[float] = []
+    """How fast each refusal is, and how late a token comes meanwhile: benchmarks/refusals.py."""
+    tokens = 0
 
     def read() -> None:
-        last = time.monotonic()
+        nonlocal tokens
         stream = client.completions.create(
             model="toy", prompt="hello", max_tokens=160, seed=6663, stream=True
         )
         for _ in stream:  # a token each 20 ms
-            now = time.monotonic()
-            gaps.append(now - last)
-            last = now
+            tokens += 1
 
     reader = threading.Thread(target=read)
     reader.start()
-    slowest = 0.0
+    seen = []  # tokens that had come when each refusal was answered
     while reader.is_alive():
         for path, wrong, _ in BAD:
             body = json.dumps(body_for(path, wrong)).encode()
-            start = time.monotonic()
-            server.http.post(path, content=body, headers={"Content-Type": "application/json"})
-            slowest = max(slowest, time.monotonic() - start)
+            answer = server.http.post(
+                path, content=body, headers={"Content-Type": "application/json"}
+            )
+            assert 400 <= answer.status_code < 500
+            seen.append(tokens)
             if not reader.is_alive():
                 break
     reader.join()
-    assert len(gaps) > 70  # every second token is a <s>, which is not shown
-    assert slowest < 0.5
-    assert sorted(gaps)[len(gaps) // 2] < 0.1
-    assert max(gaps) < 0.5
+    assert tokens > 70  # every second token is a <s>, which is not shown
+    # Had either waited for the other, they would not have come in turns.
+    assert len(set(seen)) > 20 and len(seen) > 20

@@ -16,7 +16,7 @@ import pytest
 
 from tests.api.serving import Server
 
-DIE, SLOW, NEVER, HANG = 6661, 6663, 6664, 6665
+DIE, SLOW, NEVER, HANG = 6661, 6663, 6664, 6666
 
 
 @pytest.fixture

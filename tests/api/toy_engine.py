@@ -5,7 +5,8 @@
     DIE        the process exits with status 3
     FAIL       this request fails after two tokens
     SLOW       one token each 20 ms
-    NEVER      no token at all
+    NEVER      no token at all: it waits in the queue
+    BEGUN      it is computed, and never has a token
     HANG       the process hangs after two tokens
 
 A request that goes on after an engine's death goes on where it was.
@@ -40,7 +41,7 @@ from pagedserve.engine.channel import (
 from pagedserve.request import Request
 from pagedserve.step import TokenLogprobs
 
-DIE, FAIL, SLOW, NEVER, HANG = 6661, 6662, 6663, 6664, 6665
+DIE, FAIL, SLOW, NEVER, BEGUN, HANG = 6661, 6662, 6663, 6664, 6665, 6666
 MAX_MODEL_LEN = 2048
 STEP_SECONDS = 0.001
 BEAT_SECONDS = 0.1  # between signs of life of an idle toy
@@ -124,6 +125,9 @@ class Toy:
             return
         if order == SLOW:
             row.due = now + 0.02
+        if order == BEGUN:
+            row.due = float("inf")
+            return
         if row.written == 0 and not request.num_scored:
             self.prompt_logprobs(request, outputs)
         token = request.prompt_token_ids[row.written % len(request.prompt_token_ids)]
@@ -181,8 +185,10 @@ def main(fd: int) -> None:
             tokenizer = Tokenizer.from_file(options["model"] + "/tokenizer.json")
             vocab_size, eos = tokenizer.get_vocab_size(), tokenizer.token_to_id("</s>")
         longest = options["max_model_len"] or MAX_MODEL_LEN
-        stall = options["engine_stall_timeout"] or 0.0
-        channel.send(Ready(vocab_size, longest, 100, 16, 256, [eos], "cpu", "float32", 0.1, stall))
+        slots, stall = options["max_num_seqs"] or 256, options["engine_stall_timeout"] or 0.0
+        channel.send(
+            Ready(vocab_size, longest, 100, 16, slots, [eos], "cpu", "float32", 0.1, stall)
+        )
         Toy(channel, eos, vocab_size).run()
     except ChannelClosed:
         pass

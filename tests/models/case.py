@@ -11,6 +11,7 @@ class Case:
     """`family`: transformers' model type. `config`: its tiny config, over `checkpoints.COMMON`.
 
     `attention`: transformers' implementation that is the witness, where the eager one is wrong.
+    `architecture`: of config.json, where transformers writes the class that it makes of it.
     `context`: what `--max-model-len` says, for scalings that depend on it. `lengths`: of prompts.
     """
 
@@ -20,3 +21,4 @@ class Case:
     lengths: tuple[int, ...] = (37, 61)
     block_size: int = 5
     attention: str = "eager"
+    architecture: str | None = None

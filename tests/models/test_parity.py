@@ -27,7 +27,8 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(name: str, tmp_pat
     case = CASES[name]
     reference = tiny_model(case.family, attention=case.attention, **case.config)
     save(reference, tmp_path)
-    model = load_model(tmp_path, device=pick("cpu"), context=case.context)
+    overrides = {"architectures": [case.architecture]} if case.architecture else None
+    model = load_model(tmp_path, device=pick("cpu"), context=case.context, hf_overrides=overrides)
     prompts = random_prompts(case, model.spec.vocab_size)
     written = [greedy(reference, prompt) for prompt in prompts]
     run = PagedRun(model, block_size=case.block_size)

@@ -20,7 +20,6 @@ Tensors = dict[str, torch.Tensor]
 MASK = torch.ones(1, 1, 8, 8, dtype=torch.bool)
 LITTLE = torch.tensor(-1e9)
 FREQUENCIES = torch.rand(8)
-
 BUFFERS: dict[str, Tensors] = {
     "gpt_bigcode": {"transformer.h.1.attn.bias": MASK},
     "gpt_neo": {
@@ -81,6 +80,20 @@ def test_a_parameter_beside_them_is_not_taken_for_one(name: str, tmp_path: Path)
     other = {f"{next(iter(BUFFERS[name]))}_of_something": torch.rand(3)}
     rewrite(file, {**tensors, **other})
     with pytest.raises(StartupError, match="does not use"):
+        load_model(tmp_path, device=pick("cpu"))
+
+
+@pytest.mark.parametrize("name", ["deepseek v3", "glm4_moe", "glm4_moe_lite"])
+def test_a_layer_behind_the_last_that_predicts_several_tokens_is_left_out(
+    name: str, tmp_path: Path
+) -> None:
+    file, tensors = written(name, tmp_path)
+    wanted = logits(tmp_path)
+    for layer in (3, 4):
+        rewrite(file, {**tensors, f"model.layers.{layer}.eh_proj.weight": torch.rand(64, 128)})
+        if layer == 3:
+            assert torch.equal(logits(tmp_path), wanted)
+    with pytest.raises(StartupError, match=r"does not use: model\.layers\.4\.eh_proj"):
         load_model(tmp_path, device=pick("cpu"))
 
 

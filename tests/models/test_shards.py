@@ -131,6 +131,18 @@ def test_of_two_copies_the_one_counts_that_the_index_names(tmp_path: Path) -> No
     assert {name: stored.path.name for name, stored in found.items()} == names
 
 
+def test_two_copies_that_the_index_does_not_name_are_refused(tmp_path: Path) -> None:
+    names = {"x": "one.safetensors", "z": "two.safetensors"}
+    with pytest.raises(StartupError, match=r"one\.safetensors and .*two\.safetensors both hold y"):
+        stored_tensors(sharded(tmp_path, {"weight_map": names}))
+
+
+def test_files_under_other_names_are_said_to_be_there(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(StartupError, match=r"only model-00001-of-00002\.safetensors: one file"):
+        stored_tensors(tmp_path)
+
+
 def test_a_tensor_of_the_index_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
     names = {"x": "one.safetensors", "w": "two.safetensors"}
     with pytest.raises(StartupError, match=r"lack: w of two\.safetensors"):

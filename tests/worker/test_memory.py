@@ -5,7 +5,7 @@ import pytest
 from pagedserve.config import CacheConfig
 from pagedserve.errors import StartupError
 from pagedserve.spec import Attn, DecoderSpec, Layer, Mlp, Norm
-from pagedserve.worker.memory import Limits, plan_blocks, workspace_bytes
+from pagedserve.worker.memory import Limits, gpu_bytes, plan_blocks, workspace_bytes
 
 GIB = 1 << 30
 LIMITS = Limits(max_num_seqs=4, max_num_batched_tokens=512, max_model_len=1000)
@@ -52,3 +52,10 @@ def test_the_workspace_grows_with_step_context_and_vocabulary() -> None:
     spec = DecoderSpec(32, 100, 1000, (layer,), Norm(), {})
     base = workspace_bytes(spec, LIMITS, 2)
     assert base == 512 * (8 * 32 + 3 * 64) * 2 + 2 * 1000 * 32 * 4 + 4 * 100 * 4 * 6
+
+
+def test_a_gpu_also_holds_graphs_and_permanent_rows() -> None:
+    layer = Layer(Attn(4, 2, 8, 1.0), Mlp(64))
+    spec = DecoderSpec(32, 100, 1000, (layer,), Norm(), {})
+    rows = 5 * (1001 * 8 + 63 * 4 * 2)  # four sequences and the scratch slot
+    assert gpu_bytes(spec, LIMITS, 2, 16) == 2 * workspace_bytes(spec, LIMITS, 2) + rows

@@ -29,6 +29,7 @@ READ_BYTES = 1 << 18
 ENDS = (b'"choices":[{', b'"choices": [{')  # what a piece of an answer has, and nothing else
 KEEP_BYTES = max(map(len, ENDS)) - 1  # of what was read: half a mark may be at its end
 TAIL_BYTES = 8192  # holds the usage, or an error, and the end
+CUT_BYTES = 16 * TAIL_BYTES  # cut to the tail now and then: for each piece it would cost more
 MESSAGE_CHARS = 300
 DONE, LAST_CHUNK = b"[DONE]", b"0\r\n\r\n"
 ERROR_EVENT = re.compile(rb'^data: ?(\{ ?"error".*)$', re.M)
@@ -124,14 +125,18 @@ async def ask(plan: Plan, job: Job) -> Outcome:
 
 async def read_answer(reader: asyncio.StreamReader, outcome: Outcome) -> None:
     """Take a response to its end, and fill in the outcome."""
-    recent, kept, sized = b"", b"", False
+    recent, kept, sized = bytearray(), b"", False
     while data := await reader.read(READ_BYTES):
         now = time.monotonic()
         if not outcome.status:
-            recent, data = b"", recent + data
+            data = bytes(recent) + data
+            recent.clear()
             outcome.status = status_of(data)
-            sized = CONTENT_LENGTH.search(data.partition(b"\r\n\r\n")[0]) is not None
-        recent = (recent + data)[-TAIL_BYTES:]
+            head = data.partition(b"\r\n\r\n")[0]
+            sized = outcome.status > 0 and CONTENT_LENGTH.search(head) is not None
+        recent += data
+        if len(recent) > CUT_BYTES:
+            del recent[:-TAIL_BYTES]
         if outcome.status == 200:
             piece = kept + data
             outcome.at += [now] * sum(map(piece.count, ENDS))
@@ -169,14 +174,14 @@ def status_of(data: bytes) -> int:
     return NO_HTTP
 
 
-def is_whole(data: bytes) -> bool:
+def is_whole(data: bytes | bytearray) -> bool:
     """Whether a response has as many bytes as it says, where it says it."""
     head, _, body = data.partition(b"\r\n\r\n")
     length = CONTENT_LENGTH.search(head)
     return length is not None and len(body) >= int(length[1])
 
 
-def refusal(status: int, response: bytes) -> str:
+def refusal(status: int, response: bytes | bytearray) -> str:
     """A refused request's status and the server's words."""
     if not status:
         return "the connection ended without an answer"
@@ -187,7 +192,7 @@ def refusal(status: int, response: bytes) -> str:
     return f"HTTP {status}: {message_of(body)}"
 
 
-def message_of(text: bytes) -> str:
+def message_of(text: bytes | bytearray) -> str:
     """The message of an OpenAI error object, or the text itself, not too long."""
     shown = text.decode(errors="replace").strip()
     with suppress(ValueError, AttributeError, TypeError):

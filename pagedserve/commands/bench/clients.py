@@ -100,11 +100,12 @@ def drive(
 
 
 def child() -> subprocess.Popen[bytes]:
-    """A client process."""
+    """A client process. Ctrl-C does not reach it: `drive` ends it."""
     return subprocess.Popen(
         [sys.executable, "-m", "pagedserve.commands.bench.client"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        start_new_session=True,
     )
 
 

@@ -62,7 +62,7 @@ def summary(
     seconds = max((each.at[-1] for each in good), default=first) - first
     output = sum(each.tokens for each in good)
     prompt = sum(max(each.num_prompt, 0) for each in good)
-    found |= {"duration_s": round(seconds, 3), "input_tokens": prompt, "output_tokens": output}
+    found |= {"duration_s": round(seconds, 6), "input_tokens": prompt, "output_tokens": output}
     for name, count in (
         ("requests_per_s", len(good)),
         ("output_tokens_per_s", output),

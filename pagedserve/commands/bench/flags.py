@@ -63,7 +63,7 @@ def serve(command: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=whole, default=0, help="of prompts and arrivals (default: 0)")
     add_work(command, num_prompts=100, random_len=(1024, 128))
-    add("--tokenizer", metavar="DIR", help="counts the answers' tokens of a sharegpt file")
+    add("--tokenizer", metavar="MODEL", help="directory or hub id; counts a sharegpt file's tokens")
     add(
         "--percentile-metrics",
         type=names,

@@ -37,6 +37,7 @@ def run_throughput(options: dict[str, Any]) -> int:
     text = checkpoint.load(model_side(config, own), tell)
     with engine(config, text) as client:
         ready = settled(client)
+        roof = roofline(config, text.directory, ready, own)
         encode = text.tokenizer.encode if text.tokenizer is not None else None
         own["random_vocab_size"] = own["random_vocab_size"] or ready.vocab_size
         asks = asks_of(
@@ -49,10 +50,9 @@ def run_throughput(options: dict[str, Any]) -> int:
         outcomes = answer(client, work)
     figures = summary(outcomes)
     line = {"benchmark": "throughput", **facts(config, ready), **facts_of(own), **figures}
-    found = roofline(config, text.directory, ready, own)
-    if found is not None and not figures["failed"]:
-        floor = found.work_seconds([(len(p), n) for p, n in work], ready.max_num_seqs)
-        line |= share_of(found.chip, floor, figures["duration_s"], "the whole")
+    if roof is not None and not figures["failed"]:
+        floor = roof.work_seconds([(len(p), n) for p, n in work], ready.max_num_seqs)
+        line |= share_of(roof.chip, floor, figures["duration_s"], "the whole")
     show(line, as_json=own["json"])
     return 1 if figures["failed"] else 0
 
@@ -65,6 +65,7 @@ def run_latency(options: dict[str, Any]) -> int:
     spans, outcomes = [], []
     with engine(config, text) as client:
         ready = settled(client)
+        roof = roofline(config, text.directory, ready, own)
         prompts = RandomWork(rows, own["input_len"], length, vocab_size=ready.vocab_size)
         for number in range(own["num_iters_warmup"] + own["num_iters"]):
             asks = prompts.asks(config.model.seed + number)
@@ -82,7 +83,6 @@ def run_latency(options: dict[str, Any]) -> int:
         "batch_ms": spread(spans),
         **figures,
     }
-    roof = roofline(config, text.directory, ready, own)
     if roof is not None and not figures["failed"] and length > 1:
         step = 1e-3 * figures["tpot_ms"]["p50"]
         floor = roof.decode_seconds(rows, own["input_len"] + length / 2)

@@ -18,7 +18,7 @@ from pagedserve.commands.bench.client import Job, message_of
 from pagedserve.commands.bench.clients import Target, drive
 from pagedserve.commands.bench.figures import LATENCIES, Outcome, show, summary
 from pagedserve.commands.bench.work import Ask, arrivals, asks_of, counts_tokens, facts_of
-from pagedserve.config import api_key_from_environment
+from pagedserve.config import ModelConfig, api_key_from_environment
 from pagedserve.errors import PagedServeError
 
 USUAL_VOCAB_SIZE = 1000  # every vocabulary has these ids
@@ -56,12 +56,12 @@ def work_of(options: dict[str, Any], count: int, seed: int) -> list[Ask]:
     """What is asked; a tokenizer is loaded only where it has to count."""
     encode = None
     if counts_tokens(options) and options["tokenizer"] is not None:
-        from pagedserve.models.hub import resolve_tokenizer
-        from pagedserve.models.tokenizer_classes import tokenizer_classes
-        from pagedserve.text.tokenizer import Tokenizer
+        from pagedserve.api import checkpoint
 
-        directory = resolve_tokenizer(options["tokenizer"])
-        encode = Tokenizer.from_directory(directory, tokenizer_classes()).encode
+        source = ModelConfig(model=options["tokenizer"], load_format="dummy")  # without weights
+        tokenizer = checkpoint.load(source, lambda phase, detail: None).tokenizer
+        assert tokenizer is not None, "only skip_tokenizer_init leaves it out"
+        encode = tokenizer.encode
     return asks_of(options, count, seed, encode=encode)
 
 

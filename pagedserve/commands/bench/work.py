@@ -17,7 +17,7 @@ from typing import Any
 from pagedserve.errors import PagedServeError
 
 DATASETS = ("random", "sharegpt")
-QUESTION, ANSWER = ("human", "user"), ("gpt", "assistant", "chatgpt")
+ASKERS = ("human", "user")
 
 Encode = Callable[[str], list[int]]
 
@@ -87,7 +87,7 @@ def asks_of(
     output_len = options["sharegpt_output_len"]
     if output_len is None and encode is None:
         raise PagedServeError(
-            "how long are the answers? Give --sharegpt-output-len N, or --tokenizer DIR to count "
+            "how long are the answers? Give --sharegpt-output-len N, or --tokenizer MODEL to count "
             "the tokens of the file's own"
         )
     return sharegpt(path, count, seed, output_len=output_len, encode=encode)
@@ -155,7 +155,7 @@ def first_exchange(conversation: Any) -> tuple[str, str] | None:
     (asker, question), (answerer, answer) = (
         (turn.get("from"), turn.get("value")) for turn in turns[:2]
     )
-    if asker not in QUESTION or answerer not in ANSWER:
+    if asker not in ASKERS or answerer in (*ASKERS, "system"):
         return None
     if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
         return None

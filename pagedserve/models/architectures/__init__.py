@@ -10,6 +10,8 @@ from typing import Any
 from pagedserve.errors import StartupError
 from pagedserve.models.architectures.registry import ARCHITECTURES
 from pagedserve.models.architectures.values import check_values
+from pagedserve.models.config_json import shown
+from pagedserve.models.soundness import check_spec
 from pagedserve.spec import DecoderSpec
 
 for each in pkgutil.iter_modules(__path__):  # a family registers itself; no list to forget it in
@@ -35,8 +37,8 @@ def spec_of(
 
     `wrap` makes what the family's function gets, for who wants to know what it reads.
 
-    Raises StartupError for an architecture that is not known, a key that is not there, and a value
-    of the wrong type or that the family's function refuses.
+    Raises StartupError for an architecture that is not known, a key that is not there, a value of
+    the wrong type or that the family's function refuses, and values that do not fit together.
     """
     name = architecture(config)
     family = ARCHITECTURES.get(name)
@@ -44,18 +46,24 @@ def spec_of(
         raise StartupError(
             f"architecture {name} is not supported; supported: {', '.join(supported())}"
         )
-    check_values(config, f"config.json of {name}", family.may_be_null)
+    where = f"config.json of {name}"
+    check_values(config, where, family.may_be_null)
     try:
-        return family.build(wrap(config))
+        spec = family.build(wrap(config))
     except KeyError as missing:
-        raise StartupError(f"config.json of {name} lacks {missing}") from missing
+        raise StartupError(f"{where} lacks {missing}") from missing
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise StartupError(f"config.json of {name} cannot be read: {error}") from error
+        raise StartupError(f"{where} cannot be read: {error}") from error
+    check_spec(spec, where)
+    return spec
 
 
 def architecture(config: dict[str, Any]) -> str:
     """The first of `architectures`, the model's class."""
-    names = config.get("architectures") or ["(none given)"]
-    if not isinstance(names, list) or not isinstance(names[0], str):
-        raise StartupError("config.json: architectures must be a list of class names")
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise StartupError(
+            "config.json: architectures must be a list of class names, the model's own first, got "
+            f"{shown(names)}"
+        )
     return names[0]

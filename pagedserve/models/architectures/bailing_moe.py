@@ -6,7 +6,7 @@ one hidden dimension over all words each, are of unit length.
 
 from __future__ import annotations
 
-from pagedserve.models.architectures.glm_moe import extra_layers
+from pagedserve.models.architectures.deepseek import extra_layers
 from pagedserve.models.architectures.llama import NAMES, activation, attn, decoder, mlp, rms, rope
 from pagedserve.models.architectures.qwen_moe import EXPERTS
 from pagedserve.models.architectures.registry import Config, arch, refuse

@@ -27,7 +27,7 @@ NAMES = {
 def dbrx(c: Config) -> DecoderSpec:
     attention, ffn = c["attn_config"], c["ffn_config"]
     if ffn.get("moe_normalize_expert_weights", 1.0) not in (1, None):
-        raise StartupError("ffn_config.moe_normalize_expert_weights must be 1 or null")
+        raise StartupError("config.json: ffn_config.moe_normalize_expert_weights must be 1 or null")
     heads, hidden = c["n_heads"], c["d_model"]
     head_dim = hidden // heads
     theta = attention.get("rope_theta") or c["rope_parameters"]["rope_theta"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from pagedserve.errors import StartupError
 from pagedserve.models.architectures.llama import NAMES, activation, decoder, mlp, rope
 from pagedserve.models.architectures.registry import Config, arch
 from pagedserve.spec import DecoderSpec, Layer, Mla, Moe, Norm
@@ -27,11 +28,17 @@ EXPERTS = {
     "shared_up": "mlp.shared_experts.up_proj",
     "shared_down": "mlp.shared_experts.down_proj",
 }
+CHOICES = ("greedy", "group_limited_greedy")
 
 
 @arch("DeepseekV2ForCausalLM")
 def deepseek_v2(c: Config) -> DecoderSpec:
-    limited = c["topk_method"] == "group_limited_greedy"
+    if c["topk_method"] not in CHOICES:
+        raise StartupError(
+            f"config.json: topk_method {c['topk_method']!r} is not supported; supported: "
+            f"{', '.join(CHOICES)}"
+        )
+    limited = c["topk_method"] == CHOICES[1]
     groups = (c["n_group"], c["topk_group"]) if limited else (1, 1)
     moe = routed(c, score="softmax", renorm=False, groups=groups, group_score="best")
     return latent_decoder(c, moe, latent(c))
@@ -54,7 +61,13 @@ def latent_decoder(c: Config, moe: Moe, mla: Mla) -> DecoderSpec:
         layer=lambda i: Layer(mla, mlp(c) if i < dense else moe),
         names={**NAMES, **LATENT, **EXPERTS},
         biases=frozenset({"q_a", "kv_a", "out"}) if c.get("attention_bias") else frozenset(),
+        ignored=extra_layers(c),
     )
+
+
+def extra_layers(c: Config) -> tuple[str, ...]:
+    """Tensors of the layer behind the last, which predicts several tokens at once: not used."""
+    return (rf"^model\.layers\.{c['num_hidden_layers']}\.", r"rotary_emb\.inv_freq$")
 
 
 def latent(c: Config, scale: float = 1.0) -> Mla:

@@ -53,9 +53,8 @@ def gemma_decoder(
 ) -> DecoderSpec:
     """All of them. `full_every`: see `kinds`."""
     refuse(c, "use_bidirectional_attention")
-    name = c.get("hidden_activation") or c.get("hidden_act")
-    if name in (None, "gelu"):  # so the first files call it
-        name = "gelu_pytorch_tanh"
+    older = c.get("hidden_act")  # whose "gelu", in the first files, means the approximation
+    name = c.get("hidden_activation") or ("gelu_pytorch_tanh" if older in (None, "gelu") else older)
     # Gemma 3 turns its windows by an angle of their own.
     local_theta = (c.get("rope_local_base_freq") or 10000.0) if qk_norm else None
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pagedserve.models.architectures.deepseek import EXPERTS, LATENT, latent, routed, yarn_scale
+from pagedserve.models.architectures.deepseek import (
+    EXPERTS,
+    LATENT,
+    extra_layers,
+    latent,
+    routed,
+    yarn_scale,
+)
 from pagedserve.models.architectures.llama import (
     HEAD_NORMS,
     NAMES,
@@ -75,8 +82,3 @@ def sigmoid_moe(c: Config) -> Moe:
         groups=(c["n_group"], c["topk_group"]),
         bias=True,
     )
-
-
-def extra_layers(c: Config) -> tuple[str, ...]:
-    """Tensors of layers behind the last, which predict several tokens at once and are not used."""
-    return (rf"^model\.layers\.{c['num_hidden_layers']}\.", r"rotary_emb\.inv_freq$")

@@ -21,10 +21,10 @@ ALTERNATING: list[Any] = [[["global", "local"], 12]]  # of a config.json that sa
 def gpt_neo(c: Config) -> DecoderSpec:
     hidden, heads = c["hidden_size"], c["num_heads"]
     ffn = feed_forward(c["activation_function"], c.get("intermediate_size") or 4 * hidden)
-    kinds = [
-        kind
-        for pattern, times in c.get("attention_types") or ALTERNATING
-        for kind in list(pattern) * times
+    # Files that transformers wrote say the same twice, and the longer form counts.
+    patterns = c.get("attention_types") or ALTERNATING
+    kinds = c.get("attention_layers") or [
+        kind for pattern, times in patterns for kind in list(pattern) * times
     ]
 
     def layer(i: int) -> Layer:

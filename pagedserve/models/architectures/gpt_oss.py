@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pagedserve.errors import StartupError
-from pagedserve.models.architectures.llama import NAMES, OUT, QKV, attn, decoder
+from pagedserve.models.architectures.llama import NAMES, OUT, QKV, attn, decoder, windows
 from pagedserve.models.architectures.registry import Config, arch
 from pagedserve.spec import DecoderSpec, Layer, Moe
 
@@ -20,7 +20,7 @@ EXPERTS = {
 @arch("GptOssForCausalLM")
 def gpt_oss(c: Config) -> DecoderSpec:
     if c.get("swiglu_alpha", 1.702) != 1.702:
-        raise StartupError(f"swiglu_alpha must be 1.702, got {c['swiglu_alpha']}")
+        raise StartupError(f"config.json: swiglu_alpha must be 1.702, got {c['swiglu_alpha']}")
     moe = Moe(
         c["num_local_experts"],
         c["num_experts_per_tok"],
@@ -30,11 +30,9 @@ def gpt_oss(c: Config) -> DecoderSpec:
         limit=c.get("swiglu_limit", 7.0),
         stored="column pairs",
     )
-    given = c.get("layer_types")
 
     def layer(i: int) -> Layer:
-        slides = given[i] == "sliding_attention" if given else i % 2 == 0
-        return Layer(attn(c, window=c["sliding_window"] if slides else None, sinks=True), moe)
+        return Layer(attn(c, window=windows(c, 2)[i], sinks=True), moe)
 
     biases = frozenset({"router"}) | (QKV | OUT if c["attention_bias"] else frozenset())
     return decoder(c, layer=layer, names={**NAMES, **EXPERTS}, biases=biases)

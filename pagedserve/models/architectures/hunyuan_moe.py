@@ -31,7 +31,7 @@ EXPERTS = {
 @arch("HunYuanMoEV1ForCausalLM")
 def hunyuan_moe(c: Config) -> DecoderSpec:
     if c.get("use_cla") or c.get("cla_share_factor", 1) not in (1, None):
-        raise StartupError("cross-layer attention (use_cla) is not supported")
+        raise StartupError("config.json: cross-layer attention (use_cla) is not supported")
 
     def layer(i: int) -> Layer:
         top_k, experts = (

@@ -174,7 +174,9 @@ def mlp(c: Config, **changes: Any) -> Mlp:
 def activation(name: str) -> Act:
     """Our word for a checkpoint's. Raises StartupError for one that is not known."""
     if name not in ACTS:
-        raise StartupError(f"activation {name!r} is not supported; supported: {', '.join(ACTS)}")
+        raise StartupError(
+            f"config.json: activation {name!r} is not supported; supported: {', '.join(ACTS)}"
+        )
     return ACTS[name]
 
 

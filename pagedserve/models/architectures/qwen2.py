@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagedserve.models.architectures.llama import QKV, attn, decoder, mlp
+from pagedserve.models.architectures.llama import KINDS, QKV, attn, decoder, kinds, mlp
 from pagedserve.models.architectures.registry import Config, arch
 from pagedserve.spec import DecoderSpec, Layer
 
@@ -18,7 +18,7 @@ def window(c: Config, i: int) -> int | None:
     """Layer i's window: only where `use_sliding_window`, by `layer_types` or from a layer on."""
     if not c.get("use_sliding_window"):
         return None
-    kinds = c.get("layer_types")
-    slides = kinds[i] == "sliding_attention" if kinds else i >= c.get("max_window_layers", 28)
+    given = c.get("layer_types")
+    slides = kinds(c)[i] == KINDS[1] if given else i >= c.get("max_window_layers", 28)
     size: int | None = c.get("sliding_window", 4096)
     return size if slides else None

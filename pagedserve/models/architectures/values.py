@@ -170,6 +170,15 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+ROPE_OPTIONS = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "llama_4_scaling_beta",
+)
+
 
 def check_values(
     config: Mapping[str, Any], where: str, may_be_null: frozenset[str] = frozenset()
@@ -198,6 +207,9 @@ def check_rope(rope: Mapping[str, Any], where: str) -> None:
     for key in ("rope_theta", "partial_rotary_factor", *needed):
         if key in rope or key in needed:
             check(key, rope.get(key), f"{where}: rope", is_positive, "a positive number")
+    for key in ROPE_OPTIONS:
+        if rope.get(key) is not None:
+            check(key, rope[key], f"{where}: rope", is_number, "a number")
     for key in ("short_factor", "long_factor") if rope.get("rope_type") == "longrope" else ():
         check(key, rope.get(key), f"{where}: rope", is_numbers, "a list of positive numbers")
 
