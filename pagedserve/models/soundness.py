@@ -85,6 +85,8 @@ def of_rope(rope: Rope, head_dim: int) -> Iterator[str]:
             f"rotary embedding turns {rope.dim} of the {head_dim} numbers of a head; it must be an "
             f"even number from 2 to {head_dim}"
         )
+    if not rope.theta > 0:
+        yield f"the base of the rotary embedding must be positive, got {rope.theta}"
 
 
 def of_experts(moe: Moe) -> Iterator[str]:
