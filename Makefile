@@ -18,6 +18,9 @@ serve: .venv/.serve ## serve the bundled demo model, or what ARGS says
 test: .venv/.test ## run the tests
 	$(PYTHON) -m pytest -q $(ARGS)
 
+marathon: .venv/.test ## run the long forms of the tests of survival
+	$(PYTHON) -m pytest -q -m marathon --timeout=3600 $(ARGS)
+
 check: .venv/.check ## format, lint, types and the laws of imports
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
@@ -53,4 +56,4 @@ clean: ## remove the environment and every cache
 
 # One pip at a time in one environment, also under make -j.
 .NOTPARALLEL:
-.PHONY: help serve test check bench demo docs clean
+.PHONY: help serve test marathon check bench demo docs clean

@@ -157,6 +157,18 @@ class ServerConfig:
         30.0, "seconds that running requests get to finish after Ctrl-C or SIGTERM", low=0
     )
     access_log: bool = option(False, "log every HTTP request")
+    max_engine_restarts: int = option(
+        5,
+        "times in a row that a dead engine of a server is restarted, its requests going on, with "
+        "no token between; 0: the server ends with its engine, and does not watch for stalls",
+        low=0,
+    )
+    engine_stall_timeout: float | None = option(
+        None,
+        "seconds without a sign of life after which an engine is restarted; 120 on a GPU, 600 on "
+        "a CPU if left out, 0 is never",
+        low=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@
             print(output.outputs[0].text)
 
 It is the same engine process and the same text path as the server's; this process imports no torch.
+An engine that dies is not restarted: the call raises UnavailableError with the cause.
 """
 
 from __future__ import annotations

@@ -134,6 +134,10 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     same tokens whatever shares its batch, and a replay continues the same text. `priority`: lower
     first. `arrival`, and the `deadline` of its start: `time.monotonic()` seconds of the machine.
     `tenant` is whose it is, `weight` that tenant's share against the others'.
+
+    A request that goes on after its engine died brings the tokens it has `written` already, which
+    are part of its answer and not of its prompt, and the number of prompt log-probabilities that
+    were received (`num_scored`): neither is sent again.
     """
 
     id: int
@@ -145,6 +149,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     tenant: int = 0
     weight: float = 1.0
     deadline: float = math.inf
+    written: list[int] = []
+    num_scored: int = 0
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -45,10 +45,11 @@ from pagedserve.step import TokenLogprobs
 EVERY: list[Message] = [
     Configure({"model": "x", "port": 5, "seed": None, "ratio": 0.5}),
     Submit([Request(1, [1, 2], SamplingParams(stop=["x"], logit_bias={3: 1.0}), 7)]),
+    Submit([Request(1, [1, 2], SamplingParams(), 7, 1, 0.5, [3, 4], 1)]),
     Abort([1, 2]),
     Control("shutdown"),
     Progress("load", 0.5, "10 %"),
-    Ready(9, 8, 7, 16, 6, [2], "cpu", "float32", 1.5),
+    Ready(9, 8, 7, 16, 6, [2], "cpu", "float32", 1.5, 60.0),
     Outputs(
         [1, 2],
         [5, 6],
@@ -212,7 +213,7 @@ def test_an_engine_started_in_a_thread_outlives_the_thread() -> None:
             client.poll(1.0)
         client.poll(0.2)
         assert client.cause_of_death is None
-        assert client._process.poll() is None
+        assert is_alive(client.pid)
     finally:
         client.close(0.0)
 

@@ -1,9 +1,11 @@
 """Probes, and what is said about the server itself.
 
-    /livez     200 while the process works, also while it loads or drains; 503 once the engine is
-    dead /startupz  200 once the model has been loaded; 503 with the phase before, and when that
-    failed /readyz    200 while requests are taken; 503 while loading, draining or dead /health
-    as /readyz, with the figures /version, /metrics
+    /livez     200 while the process works, also while it loads, drains or restarts its engine;
+               503 once the engine is dead and stays so
+    /startupz  200 once the model has been loaded; 503 with the phase before, and when that failed
+    /readyz    200 while requests are computed; 503 while loading, restarting, draining or dead
+    /health    as /readyz, with the figures
+    /version, /metrics
 
 The answers follow the service's state and the engine's messages; no probe sends a request.
 """
@@ -25,13 +27,21 @@ OPEN_PATHS = frozenset(("/health", "/livez", "/readyz", "/startupz"))
 
 def state(service: Service) -> dict[str, Any]:
     """The phase, and the cause where there is one."""
+    phase = service.phase
     found: dict[str, Any] = {
-        "status": "ok" if service.phase == "ready" else "unavailable",
-        "phase": service.phase,
-        "loading": service.loading if service.phase == "loading" else None,
-        "cause": service.failure.result() if service.failure.done() else None,
+        "status": "ok" if phase == "ready" else "unavailable",
+        "phase": phase,
+        "loading": service.loading if phase in ("loading", "restarting") else None,
+        "cause": cause(service),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def cause(service: Service) -> str | None:
+    """Why the engine is dead, or being restarted."""
+    if service.failure.done():
+        return service.failure.result()
+    return service.client.last_death if service.client.restarting else None
 
 
 def probe(service: Service, good: bool) -> Response:
@@ -64,6 +74,8 @@ async def health(service: Service, request: HttpRequest) -> Response:
         "model": service.model_name,
         "uptime_seconds": round(now - service.started_at, 3),
         "live_requests": len(service.answers),
+        "engine_restarts": service.client.num_restarts,
+        "last_death": service.client.last_death,
         "running": stats.running if stats else 0,
         "waiting": stats.waiting if stats else 0,
         "last_token_age_seconds": round(now - service.client.last_token_at, 3),

@@ -64,6 +64,9 @@ class Metrics:
     def __init__(self, model_name: str, admission: Admission | None = None):
         self._admission = admission
         self.stats: Stats | None = None
+        self.engine_restarts = 0
+        self.quarantined = 0
+        self.last_death: str | None = None
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.ended_by_reason = dict.fromkeys(("stop", "length", "abort", "error"), 0)
@@ -104,6 +107,7 @@ class Metrics:
         )
         if self._admission is not None:
             yield from self._admission_families(self._admission)
+        yield from self._death_families()
         for name, text, buckets in (
             ("time_to_first_token_seconds", "From arrival to first token", self.first_token),
             ("inter_token_latency_seconds", "Between tokens of a request", self.inter_token),
@@ -132,6 +136,27 @@ class Metrics:
             "prefix_cache_hits", "Prompt tokens found in the cache", stats.prefix_hits
         )
         yield self._counter("engine_steps", "Steps of the engine", stats.steps)
+
+    def _death_families(self) -> Iterator[Metric]:
+        """Engines that died, and of what the last one."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        yield self._counter(
+            "engine_restarts", "Engines started in the place of dead ones", self.engine_restarts
+        )
+        yield self._counter(
+            "requests_quarantined",
+            "Sequences failed because the engine died on them again and again",
+            self.quarantined,
+        )
+        family = GaugeMetricFamily(
+            PREFIX + "engine_last_death_info",
+            "1, with the cause of the engine's last death",
+            labels=[*self._labels, "cause"],
+        )
+        if self.last_death is not None:
+            family.add_metric([*self._labels.values(), self.last_death], 1.0)
+        yield family
 
     def _admission_families(self, admission: Admission) -> Iterator[Metric]:
         """What was let in, refused and given up, and what each API key used."""

@@ -2,8 +2,9 @@
 
     start ── port answers 503 with the phase ── ready ── SIGINT or SIGTERM ── drain ── exit 0
                           │                       │                             └─ again: at once
-                          └── cannot start        └── engine dies: live requests get the cause
-                              exit 1                  exit 1
+                          └── cannot start        └── engine dies: restart, requests go on
+                              exit 1                  └── again and again, or no restarts wanted:
+                                                          live requests get the cause, exit 1
 
 Heavy imports happen in here, after the engine process was started, so that both load at once.
 """
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pagedserve.api.keys import Keys
 from pagedserve.config import Config, ServerConfig, api_key_from_environment
 from pagedserve.engine.client import EngineClient
+from pagedserve.engine.watch import Recovery
 from pagedserve.errors import PagedServeError, StartupError
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def run(
     started = time.monotonic()
     sock = listen(config.server, key or config.server.api_key_file)
     say(f"listening on {url(sock)} (503 until the model is loaded)")
-    client = EngineClient(engine_module)
+    client = EngineClient(engine_module, Recovery(config.server.max_engine_restarts))
     try:
         import uvloop
 

@@ -24,6 +24,7 @@ from pagedserve.api.metrics import Metrics
 from pagedserve.config import DEMO_MODEL, Config
 from pagedserve.engine.channel import Progress, Ready
 from pagedserve.engine.client import EngineClient
+from pagedserve.engine.watch import TICK_SECONDS
 from pagedserve.errors import (
     ContextLengthExceeded,
     PagedServeError,
@@ -67,14 +68,18 @@ class Service:
         self.text: TextSide | None = None
         self.loading = "starting"
         self._ready = asyncio.Event()
+        self._ticking: asyncio.TimerHandle | None = None
 
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Load tokenizer and engine; returns when requests are taken. Failures end in `failure`."""
-        asyncio.get_running_loop().add_reader(self.client.fileno(), self._readable)
         self.client.on_progress = self._progress
         self.client.on_unsent = self._flush_later
+        self.client.on_down = self._engine_down
+        self.client.on_up = self._listen
+        self._listen()
+        self._tick_later()
         try:
             await self._load()
         except StartupError as error:
@@ -87,15 +92,19 @@ class Service:
         """End what still runs, with an error that says so."""
         for answer in list(self.answers):
             answer.fail(UnavailableError("the server is shutting down", code="shutting_down"))
-        asyncio.get_running_loop().remove_reader(self.client.fileno())
+        self._stop_listening()
+        if self._ticking is not None:
+            self._ticking.cancel()
 
     @property
     def phase(self) -> str:
-        """What the server is doing: "loading", "ready", "draining" or "dead"."""
+        """What the server is doing: "loading", "ready", "restarting", "draining" or "dead"."""
         if self.failure.done():
             return "dead"
         if self.draining:
             return "draining"
+        if self.client.restarting:
+            return "restarting"
         if self.ready is not None:
             return "ready"
         return "loading"
@@ -155,18 +164,49 @@ class Service:
 
     def _progress(self, message: Progress | Ready) -> None:
         if isinstance(message, Ready):
+            if self._ready.is_set():
+                self._enter("ready again", f"{self.client.num_live} sequences go on")
             self._ready.set()
         else:
             self._enter(message.phase, message.detail)
 
     def _readable(self) -> None:
         self.client.poll()
-        self.metrics.stats = self.client.stats
-        if self.client.cause_of_death is not None:
-            self._fail(self.client.cause_of_death)
+        self._look()
+
+    def _tick(self) -> None:
+        """Let the client see time pass: stalls, and the moment of a restart."""
+        self.client.tick()
+        self._look()
+        if not self.failure.done():
+            self._tick_later()
+
+    def _tick_later(self) -> None:
+        self._ticking = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+
+    def _look(self) -> None:
+        client, metrics = self.client, self.metrics
+        metrics.stats, metrics.last_death = client.stats, client.last_death
+        metrics.engine_restarts, metrics.quarantined = client.num_restarts, client.num_quarantined
+        if client.cause_of_death is not None:
+            self._fail(client.cause_of_death)
+
+    def _engine_down(self, cause: str) -> None:
+        self._stop_listening()
+        waiting = f"{self.client.num_live} sequences wait for it"
+        self._enter(f"engine died: {cause}; restarting it, {waiting}")
+
+    def _listen(self) -> None:
+        asyncio.get_running_loop().add_reader(self.client.fileno(), self._readable)
+
+    def _stop_listening(self) -> None:
+        loop, fd = asyncio.get_running_loop(), self.client.fileno()
+        if fd >= 0:  # else it is closed, and this was done before
+            loop.remove_reader(fd)
+            loop.remove_writer(fd)
 
     def _fail(self, cause: str) -> None:
-        asyncio.get_running_loop().remove_reader(self.client.fileno())
+        self._stop_listening()
         if not self.failure.done():
             self.failure.set_result(cause)
 

@@ -10,6 +10,7 @@ with the next `flush`, so a slow reader cannot stop the engine. A closed peer is
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -66,7 +67,10 @@ class Progress(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The engine serves. What was settled from the model and from memory."""
+    """The engine serves. What was settled from the model and from memory.
+
+    `stall_seconds`: silence after which it counts as stalled; 0 is never.
+    """
 
     vocab_size: int
     max_model_len: int
@@ -77,6 +81,7 @@ class Ready(Message, frozen=True):
     device: str
     dtype: str
     seconds: float
+    stall_seconds: float = 0.0
 
 
 class Finish(Message, frozen=True):
@@ -90,9 +95,9 @@ class Finish(Message, frozen=True):
 class Outputs(Message, frozen=True):
     """What one step produced. `token_ids[i]` is the next token of request `ids[i]`.
 
-    `started`: (id, tokens found in the prefix cache) of requests that were first scheduled since
-    the last message. `logprobs` is empty or parallel to `ids`. `prompt_logprobs`: (id, those of the
-    prompt tokens that follow the ones computed in this step).
+    `started`: (id, tokens found in the prefix cache) of requests that are first scheduled now, sent
+    before their first step is launched. `logprobs` is empty or parallel to `ids`.
+    `prompt_logprobs`: (id, those of the prompt tokens that follow the ones computed in this step).
     """
 
     ids: list[int]
@@ -111,7 +116,7 @@ class Failed(Message, frozen=True):
 
 
 class Stats(Message, frozen=True):
-    """Gauges and running totals, for /metrics."""
+    """Gauges and running totals, for /metrics; and the loop's sign of life, also when idle."""
 
     running: int
     waiting: int
@@ -191,7 +196,8 @@ class Channel:
             writers = [self] if self._outgoing else []
             _, writable, _ = select.select([self], writers, [], timeout)
             if writable:
-                self.flush()
+                with contextlib.suppress(ChannelClosed):  # after what the peer said last
+                    self.flush()
             messages = self._drain()
         return messages
 

@@ -1,135 +1,143 @@
 """The API process's side of the engine: starts it, submits requests, hands every token to its sink.
 
+    submit ─▶ Unfinished ─▶ engine process ─▶ poll ─▶ sinks
+                  ▲               │ dies, or stalls
+                  └── tick: start another, send again what has not ended, with what it has written
+
+With a `Recovery` an engine that dies after it was once ready is replaced, and no sink notices;
+without one, or when that is given up, every sink is told the cause.
+
 The room knows processes and messages; it knows no HTTP, no text and no torch. The same client
-serves the asyncio server (which watches `fileno()` and calls `poll()`) and the offline `LLM` (which
-calls `poll(timeout)` in a loop). It belongs to one thread, and to the process that made it: a fork
-of that process shares the socket, and must neither read nor write it.
+serves the asyncio server (which watches `fileno()` and calls `poll()` and `tick()`) and the offline
+`LLM` (which calls `poll(timeout)` in a loop). It belongs to one thread, and to the process that
+made it: a fork of that process shares the socket, and must neither read nor write it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from pagedserve.engine.channel import (
     Abort,
     AnyMessage,
-    Channel,
     ChannelClosed,
     Configure,
     Control,
     Dead,
     Failed,
-    Finish,
+    Message,
     Outputs,
     Progress,
     Ready,
     Stats,
     Submit,
 )
+from pagedserve.engine.child import EngineProcess
+from pagedserve.engine.unfinished import Entry, Sink, Unfinished
+from pagedserve.engine.watch import END_SECONDS, Recovery, Restarts, Silence
 from pagedserve.errors import PagedServeError, UnavailableError
 from pagedserve.request import Request
-from pagedserve.step import TokenLogprobs
-
-
-class Sink(Protocol):
-    """Where the engine's answers to one request go. Called from `poll`, in order.
-
-    A request ends with exactly one of: a `token` call with `finish` set, a `failed` call, or the
-    caller's own `abort`, after which the sink is never called again.
-    """
-
-    def started(self, cached_tokens: int) -> None:
-        """The request left the queue; so many prompt tokens were in the prefix cache."""
-
-    def prompt_logprobs(self, entries: list[TokenLogprobs]) -> None:
-        """Log-probabilities of the next prompt tokens (the first token has none)."""
-
-    def token(self, token_id: int, logprobs: TokenLogprobs | None, finish: Finish | None) -> None:
-        """The next token, and on the last one why it ended."""
-
-    def failed(self, error: PagedServeError) -> None:
-        """The request cannot go on."""
 
 
 class EngineClient:
-    """A running (or starting, or dead) engine process."""
+    """A running (or starting, or dead) engine process, and after its death the next one.
 
-    def __init__(self, module: str = "pagedserve.engine.process") -> None:
+    `ready` is what the last engine reported that came so far. `cause_of_death` is set once, at the
+    end of the last engine; `last_death` at the end of any.
+    """
+
+    def __init__(
+        self,
+        module: str = "pagedserve.engine.process",
+        recovery: Recovery = Recovery(),  # noqa: B008  # frozen
+    ) -> None:
         """Start `python -m module FD PARENT`; tests give a toy engine's module."""
         self.phase = "starting"
         self.phases: list[Progress] = []
         self.ready: Ready | None = None
         self.stats: Stats | None = None
         self.cause_of_death: str | None = None
+        self.last_death: str | None = None
+        self.restarting = False
+        self.num_quarantined = 0
         self.last_token_at = time.monotonic()
         # Called when the socket did not take everything; then `flush` once it is writable.
         self.on_unsent: Callable[[], None] = lambda: None
         self.on_progress: Callable[[Progress | Ready], None] = lambda message: None
-        self._sinks: dict[int, Sink] = {}
+        # Before an engine's socket is closed, with the cause; and once another engine is started.
+        self.on_down: Callable[[str], None] = lambda cause: None
+        self.on_up: Callable[[], None] = lambda: None
+        self._module = module
+        self._recovery = recovery
+        self._options: dict[str, Any] | None = None
+        self._unfinished = Unfinished()
+        self._held = False  # requests wait until suspects were tried
         self._next_id = 0
         self._owner = os.getpid()
-        self._channel, theirs = Channel.pair()
-        # A session of its own: Ctrl-C in the terminal reaches the API process only, which drains.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno()), str(lasting_parent())],
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
+        self._restarts = Restarts(recovery)
+        self._restart_at = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        self._up = False  # True from Ready to death
+        self._silence = Silence(time.monotonic())
+        self._engine = EngineProcess(self._module)
 
     def fileno(self) -> int:
-        """Readable when `poll` has something to do."""
-        return self._channel.fileno()
+        """Readable when `poll` has something to do. Another one after `on_up`."""
+        return self._engine.channel.fileno()
 
     @property
     def unsent(self) -> bool:
         """True while messages wait for the socket."""
-        return self.cause_of_death is None and self._channel.pending
+        return self._speaking and self._engine.channel.pending
 
     def flush(self) -> None:
         """Push out what waits, without blocking."""
-        if self.cause_of_death is not None:
+        if not self._speaking:
             return
-        try:
-            self._channel.flush()
-        except ChannelClosed:
-            self._died(self._exit_cause())
+        # The next `poll` learns of its end, with the last it said; not here, inside of a sink.
+        with contextlib.suppress(ChannelClosed):
+            self._engine.channel.flush()
 
     @property
     def pid(self) -> int:
         """Process id of the engine."""
-        return self._process.pid
+        return self._engine.pid
 
     @property
     def num_live(self) -> int:
         """Requests submitted and not ended."""
-        return len(self._sinks)
+        return len(self._unfinished)
+
+    @property
+    def num_restarts(self) -> int:
+        """Engines started in the place of dead ones."""
+        return self._restarts.total
 
     def configure(self, options: dict[str, Any]) -> None:
         """Send the flat configuration; the engine loads the model and reports `ready`."""
+        self._options = options
         self._send(Configure(options))
 
     def submit(self, requests: list[Request], sinks: Sequence[Sink]) -> None:
         """Submit requests; every answer to `requests[i]` goes to `sinks[i]`.
 
-        Raises UnavailableError when the engine is not ready or is dead.
+        While a dead engine is being replaced they wait for the next one. Raises UnavailableError
+        when there was no engine yet, or will be none.
         """
         self.check_available()
         # Before they are sent: if the engine turns out to be dead, the sinks are told.
-        for request, sink in zip(requests, sinks, strict=True):
-            self._sinks[request.id] = sink
+        self._unfinished.add(requests, sinks)
         try:
-            self._send(Submit(requests))
+            self._send_due(requests)
         except BaseException:  # nothing was sent, so nothing would ever end them
             for request in requests:
-                self._sinks.pop(request.id, None)
+                self._unfinished.pop(request.id)
             raise
 
     def next_id(self) -> int:
@@ -144,9 +152,11 @@ class EngineClient:
         """
         if not self._owned:
             return
-        known = [id for id in ids if self._sinks.pop(id, None) is not None]
-        if known and self.cause_of_death is None:
-            self._send(Abort(known))
+        known = [(id, entry) for id in ids if (entry := self._unfinished.pop(id)) is not None]
+        if sent := [id for id, entry in known if entry.sent]:
+            self._send(Abort(sent))
+        if known and self._held:
+            self._send_due()
 
     def control(self, name: str) -> None:
         """Send an order that is no request (see `channel.Control`)."""
@@ -166,13 +176,31 @@ class EngineClient:
         Raises UnavailableError in a fork: what it read would be lost to its parent.
         """
         self._check_owner()
-        if self.cause_of_death is not None:
+        if not self._speaking:
             return
+        engine = self._engine
         try:
-            for message in self._channel.receive(timeout):
+            for message in engine.receive(timeout):
+                self._silence.heard()
                 self._take(message)
         except ChannelClosed:
-            self._died(self._exit_cause())
+            self._died(engine.exit_cause())
+        if self._held:
+            self._send_due()
+
+    def tick(self) -> None:
+        """What time brings: a stalled engine is ended, a dead one replaced. Call it every
+        `watch.TICK_SECONDS`; it does nothing without a `Recovery`."""
+        if self.cause_of_death is not None or not self._recovery.max_restarts:
+            return
+        self.poll()  # what came while we were busy counts
+        if self.restarting and not self._speaking:
+            self._restart_when_due()
+        elif self._speaking and self.ready is not None:
+            self._silence.look(time.monotonic(), stopped=self._engine.stopped)
+            stall = self._silence.stall(self.ready.stall_seconds, serving=self._up)
+            if stall is not None:
+                self._died(stall)
 
     def close(self, timeout: float = 5.0) -> None:
         """Stop the engine: politely, then after `timeout` seconds for certain.
@@ -181,22 +209,23 @@ class EngineClient:
         engine is its parent's.
         """
         if not self._owned:
-            self._channel.close()
+            self._engine.channel.close()
             return
-        if self.cause_of_death is None:
+        if self._speaking:
             self._send(Control("shutdown"))
-        self._channel.close()
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._engine.channel.close()
+        self._engine.wait(timeout)
         if self.cause_of_death is None:
             self.cause_of_death = "shut down"
 
     @property
     def _owned(self) -> bool:
         return os.getpid() == self._owner
+
+    @property
+    def _speaking(self) -> bool:
+        """True while the present engine's channel is open."""
+        return self.cause_of_death is None and self._engine.channel.fileno() >= 0
 
     def _check_owner(self) -> None:
         if not self._owned:
@@ -206,15 +235,20 @@ class EngineClient:
                 code="forked",
             )
 
-    def _send(self, message: Any) -> None:
+    def _send(self, message: Message) -> None:
         self._check_owner()
-        try:
-            self._channel.send(message)
-        except ChannelClosed:
-            self._died(self._exit_cause())
-        else:
-            if self._channel.pending:
+        if not self._speaking:
+            return  # the next engine begins without what was said to the last
+        with contextlib.suppress(ChannelClosed):  # as in `flush`
+            self._engine.send(message)
+            if self._engine.channel.pending:
                 self.on_unsent()
+
+    def _send_due(self, among: list[Request] | None = None) -> None:
+        """Send what is to be sent now; while the engine is not ready, nothing."""
+        if self._up and (due := self._unfinished.due(among)):
+            self._send(Submit(due))
+        self._held = self._unfinished.on_trial
 
     def _take(self, message: AnyMessage) -> None:
         match message:
@@ -223,61 +257,100 @@ class EngineClient:
             case Stats():
                 self.stats = message
             case Failed():
-                sink = self._sinks.pop(message.id, None)
-                if sink is not None:
-                    sink.failed(PagedServeError(message.message, code="request_failed"))
+                entry = self._unfinished.pop(message.id)
+                if entry is not None:
+                    entry.sink.failed(PagedServeError(message.message, code="request_failed"))
             case Progress():
                 self.phase = message.phase
                 self.phases.append(message)
                 self.on_progress(message)
             case Ready():
-                self.ready, self.phase = message, "ready"
-                self.on_progress(message)
+                self._serve(message)
             case Dead():
                 self._died(message.cause)
             case _:
                 raise AssertionError(f"the engine sent a {type(message).__name__}")
 
+    def _serve(self, ready: Ready) -> None:
+        self.ready, self.phase = ready, "ready"
+        self._up, self.restarting = True, False
+        self._restarts.ready(time.monotonic())
+        self._send_due()
+        self.on_progress(ready)
+
     def _deliver(self, outputs: Outputs) -> None:
-        sinks = self._sinks
+        unfinished = self._unfinished
         for id, cached in outputs.started:
-            if id in sinks:
-                sinks[id].started(cached)
+            if (entry := unfinished.get(id)) is not None and unfinished.started(entry):
+                entry.sink.started(cached)
         for id, entries in outputs.prompt_logprobs:
-            if id in sinks:
-                sinks[id].prompt_logprobs(entries)
+            if (entry := unfinished.get(id)) is not None:
+                entry.num_scored += len(entries)
+                entry.sink.prompt_logprobs(entries)
+        if not outputs.ids:
+            return
         finished = {finish.id: finish for finish in outputs.finished}
         logprobs = outputs.logprobs or [None] * len(outputs.ids)
-        for id, token_id, entry in zip(outputs.ids, outputs.token_ids, logprobs, strict=True):
+        for id, token_id, scores in zip(outputs.ids, outputs.token_ids, logprobs, strict=True):
             finish = finished.get(id)
-            sink = sinks.get(id) if finish is None else sinks.pop(id, None)
-            if sink is not None:
-                sink.token(token_id, entry, finish)
+            entry = unfinished.get(id) if finish is None else unfinished.pop(id)
+            if entry is not None:
+                unfinished.wrote(entry, token_id)
+                entry.sink.token(token_id, scores, finish)
         self.last_token_at = time.monotonic()
+        self._restarts.progress()
 
-    def _exit_cause(self) -> str:
-        try:
-            code = self._process.wait(timeout=2.0)
-        except subprocess.TimeoutExpired:
-            return "the engine closed its channel"
-        if code < 0:
-            return f"the engine process was killed by {signal.Signals(-code).name}"
-        return f"the engine process exited with status {code}"
+    # ── the end of an engine, and the next one ───────────────────────────────────────────────────
 
     def _died(self, cause: str) -> None:
-        if self.cause_of_death is not None:
+        if not self._speaking:
             return  # the first cause is the true one
+        self.last_death = cause
+        self.stats = None
+        self._up = False
+        self.phases.clear()
+        delay = None if self.ready is None else self._restarts.after_death(time.monotonic())
+        if delay is None:
+            self._end(self._told_in_a_row(cause))
+            return
+        self.restarting, self.phase = True, "restarting"
+        self._restart_at = time.monotonic() + delay
+        self.on_down(cause)
+        self._engine.kill()
+        for entry in self._unfinished.engine_died():
+            self._quarantine(entry, cause)
+
+    def _quarantine(self, entry: Entry, cause: str) -> None:
+        self.num_quarantined += 1
+        entry.sink.failed(
+            PagedServeError(
+                f"the engine died {entry.crashes} times in a row while it worked on this request, "
+                f"which is not tried again: {cause}",
+                code="request_quarantined",
+            )
+        )
+
+    def _restart_when_due(self) -> None:
+        now = time.monotonic()
+        # Only once the old one is gone: until then it holds the device's memory.
+        if not self._engine.exited:
+            if now > self._restart_at + END_SECONDS:
+                self._end(f"{self.last_death}, and the process cannot be ended")
+        elif now >= self._restart_at:
+            self._start()
+            self.on_up()
+            assert self._options is not None, "it was ready, so it was configured"
+            self._send(Configure(self._options))
+
+    def _told_in_a_row(self, cause: str) -> str:
+        in_a_row = self._restarts.in_a_row
+        if not in_a_row:
+            return cause
+        return f"{cause}; it was restarted {in_a_row} times in a row and never wrote a token"
+
+    def _end(self, cause: str) -> None:
+        """There will be no other engine."""
         self.cause_of_death = cause
-        self.phase = "dead"
-        sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink.failed(UnavailableError(f"the engine died: {cause}", code="engine_dead"))
-
-
-def lasting_parent() -> int:
-    """This process's id, where an engine started now may be tied to its life; else 0.
-
-    Linux ties a child to the *thread* that forked it. Only the main one (whose id is the process's)
-    is sure to last as long as the process: an `LLM` made in a thread of a pool outlives the thread.
-    """
-    return os.getpid() if threading.get_native_id() == os.getpid() else 0
+        self.restarting, self.phase = False, "dead"
+        for entry in self._unfinished.clear():
+            entry.sink.failed(UnavailableError(f"the engine died: {cause}", code="engine_dead"))

@@ -25,6 +25,7 @@ from pagedserve.executor.base import Executor, Ticket
 from pagedserve.step import Step
 
 STATS_INTERVAL = 0.2  # seconds between Stats messages while tokens flow
+BEAT_SECONDS = 1.0  # between those of an engine with nothing to do
 
 
 class Engine:
@@ -49,6 +50,7 @@ class Engine:
             step = self.scheduler.schedule()
             assert step or pending or self.scheduler.idle, "work is waiting and nothing can run"
             if step:
+                self.tell_started()
                 ticket = self.executor.launch(step)
             if pending and (not step or len(pending) >= self.depth - 1):
                 self.commit(*pending.popleft())
@@ -56,10 +58,14 @@ class Engine:
                 pending.append((step, ticket))
 
     def receive(self, *, block: bool) -> None:
-        """Take in what the API process sent; wait for something when there is nothing to do."""
-        if block:
+        """Take in what the API process sent; wait for something when there is nothing to do.
+
+        Stats are also the sign of life that the API process watches for. No thread but this one
+        gives it: it stops when the loop does.
+        """
+        if block and not self.channel.pending:  # nobody may read for hours
             self.send_stats()
-        for message in self.channel.receive(None if block else 0.0):
+        for message in self.channel.receive(BEAT_SECONDS if block else 0.0):
             self.take(message)
 
     def take(self, message: Any) -> None:
@@ -81,6 +87,11 @@ class Engine:
             case _:
                 raise AssertionError(f"the API process sent {message!r:.200}")
 
+    def tell_started(self) -> None:
+        """Say whose turn has come before it is computed: what kills the engine is known by it."""
+        if started := self.scheduler.take_started():
+            self.channel.send(Outputs([], [], started=started))
+
     def commit(self, step: Step, ticket: Ticket) -> None:
         """Wait for a step's result and pass on what it means."""
         committed = self.scheduler.commit(step, self.executor.result(ticket))
@@ -100,7 +111,6 @@ class Engine:
                 finished=[Finish(id, reason, token) for id, reason, token in committed.finished],
                 logprobs=committed.logprobs,
                 prompt_logprobs=committed.prompt_logprobs,
-                started=committed.started,
             )
         )
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+GPU_STALL_SECONDS = 120.0
+CPU_STALL_SECONDS = 600.0
 
 
 def main(fd: int, parent: int = 0) -> int:
@@ -91,6 +93,7 @@ def serve(channel: Channel) -> None:
             device=info.device,
             dtype=info.dtype,
             seconds=time.monotonic() - STARTED,
+            stall_seconds=stall_seconds(config, on_gpu=info.asynchronous),
         )
     )
     overlap = config.scheduler.async_scheduling
@@ -101,6 +104,18 @@ def serve(channel: Channel) -> None:
         Engine(scheduler, executor, channel, depth=depth).run()
     finally:
         executor.stop()
+
+
+def stall_seconds(config: Config, *, on_gpu: bool) -> float:
+    """How long a step may take before this engine counts as stalled.
+
+    A step of a large model takes a minute or more on a few CPU cores; on a GPU nothing does, but
+    the first run of a step may compile its kernels.
+    """
+    asked = config.server.engine_stall_timeout
+    if asked is not None:
+        return asked
+    return GPU_STALL_SECONDS if on_gpu else CPU_STALL_SECONDS
 
 
 def die_with(parent: int) -> bool:

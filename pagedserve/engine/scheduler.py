@@ -37,11 +37,10 @@ class Committed:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finished: list[tuple[int, FinishReason, int | None]] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
-    started: list[tuple[int, int]] = field(default_factory=list)
     failed: list[tuple[int, str]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.ids or self.prompt_logprobs or self.failed or self.started)
+        return bool(self.ids or self.prompt_logprobs or self.failed)
 
 
 class Scheduler:
@@ -281,13 +280,18 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def take_started(self) -> list[tuple[int, int]]:
+        """(id, tokens found in the prefix cache) of requests that got their first slot since the
+        last call."""
+        started, self._started = self._started, []
+        return started
+
     # ── a step's result in ───────────────────────────────────────────────────────────────────────
 
     def commit(self, step: Step, output: StepOutput) -> Committed:
         """Take in what `step` sampled; steps are committed in the order they were scheduled."""
         rows = self._launched.popleft()
-        committed = Committed(started=self._started)
-        self._started = []
+        committed = Committed()
         block_size, ids, token_ids = self.block_size, committed.ids, committed.token_ids
         sampled, logprobs = iter(output.token_ids), iter(output.logprobs)
         rare = bool(output.logprobs or output.prompt_logprobs or output.bad_slots)

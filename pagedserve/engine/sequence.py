@@ -62,8 +62,8 @@ class Sequence:
         self.id = request.id
         due = min(request.deadline, request.arrival + PATIENT_SECONDS)
         self.order = (request.priority, due, request.arrival, request.id)
-        self.tokens = list(request.prompt_token_ids)
-        self.num_prompt = len(self.tokens)
+        self.tokens = request.prompt_token_ids + request.written
+        self.num_prompt = len(request.prompt_token_ids)
         self.max_length = self.num_prompt + params.max_tokens
         self.stop_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else eos_token_ids
@@ -77,8 +77,10 @@ class Sequence:
         self.room = 0  # tokens that `blocks` hold
         self.hashes: list[bytes] = []  # chain hashes of the first full blocks of `tokens`
         self.num_published = 0
-        self.num_charged = 0  # tokens written that the tenant was charged for
-        self.num_scored = 0  # prompt log-probabilities sent; a replay computes them again
+        # Tokens written that the tenant was charged for; those of an engine that died were.
+        self.num_charged = len(request.written)
+        # Prompt log-probabilities sent; a replay computes them again.
+        self.num_scored = request.num_scored
         self.slot: Slot | None = None
         self.status = Status.WAITING
         self.started = False

@@ -136,9 +136,10 @@ class Waiting:
 
     def charge_prompt(self, sequence: Sequence, num_cached: int) -> None:
         """Charge for a sequence that is computed for the first time; what was cached is free."""
-        self._lines[sequence.request.tenant].used += (
-            PROMPT_COST * (sequence.num_prompt - num_cached) / sequence.request.weight
-        )
+        # What a dead engine's request has written comes with it, and may be cached beyond the prompt.
+        num_computed = max(0, sequence.num_prompt - num_cached)
+        line = self._lines[sequence.request.tenant]
+        line.used += PROMPT_COST * num_computed / sequence.request.weight
 
     def charge(self, sequence: Sequence) -> None:
         """Charge for what was written since the last time."""

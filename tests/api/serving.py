@@ -68,6 +68,12 @@ class Server:
             assert time.monotonic() < deadline, f"{name} is {now}, not {value}"
             time.sleep(0.01)
 
+    def engine_pid(self) -> int:
+        """The process id of its one child."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        (pid,) = map(int, children.split())
+        return pid
+
     def signal(self, number: int = signal.SIGINT) -> None:
         """Send a signal to the server process."""
         self.process.send_signal(number)

@@ -7,6 +7,9 @@
     SLOW       one token each 20 ms
     NEVER      no token at all: it waits in the queue
     BEGUN      it is computed, and never has a token
+    HANG       the process hangs after two tokens
+
+A request that goes on after an engine's death goes on where it was.
 
 Its Stats say how many it runs and, as `preemptions`, how many live requests were aborted, as
 `prefix_hits`, how many aborts came for requests that were not alive.
@@ -38,9 +41,10 @@ from pagedserve.engine.channel import (
 from pagedserve.request import Request
 from pagedserve.step import TokenLogprobs
 
-DIE, FAIL, SLOW, NEVER, BEGUN = 6661, 6662, 6663, 6664, 6665
+DIE, FAIL, SLOW, NEVER, BEGUN, HANG = 6661, 6662, 6663, 6664, 6665, 6666
 MAX_MODEL_LEN = 2048
 STEP_SECONDS = 0.001
+BEAT_SECONDS = 0.1  # between signs of life of an idle toy
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Row:
     request: Request
     written: int = 0
     due: float = 0.0
+    started: bool = False
 
 
 class Toy:
@@ -63,20 +68,22 @@ class Toy:
         self.aborted = 0
         self.useless = 0
         self.stopping = False
+        self.beat = 0.0
 
     def run(self) -> None:
         while not self.stopping:
-            timeout = STEP_SECONDS if self.rows else None
-            for message in self.channel.receive(timeout):
+            for message in self.channel.receive(STEP_SECONDS if self.rows else BEAT_SECONDS):
                 self.take(message)
             self.step()
+            if time.monotonic() - self.beat > BEAT_SECONDS and not self.channel.pending:
+                self.send_stats()
 
     def take(self, message: object) -> None:
         match message:
             case Submit(requests=requests):
                 for request in requests:
                     assert max(request.prompt_token_ids) < self.vocab_size
-                    self.rows[request.id] = Row(request)
+                    self.rows[request.id] = Row(request, len(request.written))
             case Abort(ids=ids):
                 for id in ids:
                     known = self.rows.pop(id, None) is not None
@@ -87,21 +94,31 @@ class Toy:
         self.send_stats()
 
     def step(self) -> None:
+        new = [(id, 1) for id, row in self.rows.items() if not row.started and self.computes(row)]
+        if new:
+            self.channel.send(Outputs([], [], started=new))
+        for id, _ in new:
+            self.rows[id].started = True
         outputs = Outputs([], [], [], [], [], [])
         for id, row in list(self.rows.items()):
             self.advance(id, row, outputs)
-        if outputs.ids or outputs.started:
+        if outputs.ids:
             self.channel.send(outputs)
         if outputs.finished:
             self.send_stats()
 
+    def computes(self, row: Row) -> bool:
+        return row.request.params.seed != NEVER
+
     def advance(self, id: int, row: Row, outputs: Outputs) -> None:
         request, now = row.request, time.monotonic()
         order = request.params.seed
-        if order == NEVER or now < row.due:
+        if not self.computes(row) or now < row.due:
             return
         if order == DIE and row.written == 2:
             os._exit(3)
+        if order == HANG and row.written == 2:
+            time.sleep(600)
         if order == FAIL and row.written == 2:
             del self.rows[id]
             self.channel.send(Failed(id, "a toy failure"))
@@ -110,10 +127,8 @@ class Toy:
             row.due = now + 0.02
         if order == BEGUN:
             row.due = float("inf")
-            outputs.started.append((id, 0))
             return
-        if row.written == 0:
-            outputs.started.append((id, 1))
+        if row.written == 0 and not request.num_scored:
             self.prompt_logprobs(request, outputs)
         token = request.prompt_token_ids[row.written % len(request.prompt_token_ids)]
         row.written += 1
@@ -146,6 +161,7 @@ class Toy:
         return TokenLogprobs(-0.5, 1, tops, [-0.5 - at for at in range(count)])
 
     def send_stats(self) -> None:
+        self.beat = time.monotonic()
         self.channel.send(
             Stats(len(self.rows), 0, 100, len(self.rows), self.aborted, 7, self.useless, 1)
         )
@@ -169,8 +185,10 @@ def main(fd: int) -> None:
             tokenizer = Tokenizer.from_file(options["model"] + "/tokenizer.json")
             vocab_size, eos = tokenizer.get_vocab_size(), tokenizer.token_to_id("</s>")
         longest = options["max_model_len"] or MAX_MODEL_LEN
-        slots = options["max_num_seqs"] or 256
-        channel.send(Ready(vocab_size, longest, 100, 16, slots, [eos], "cpu", "float32", 0.1))
+        slots, stall = options["max_num_seqs"] or 256, options["engine_stall_timeout"] or 0.0
+        channel.send(
+            Ready(vocab_size, longest, 100, 16, slots, [eos], "cpu", "float32", 0.1, stall)
+        )
         Toy(channel, eos, vocab_size).run()
     except ChannelClosed:
         pass

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -167,9 +168,15 @@ def test_bad_requests_harm_nobody(server: LiveServer) -> None:
     assert good.json()["usage"]["completion_tokens"] == 600
 
 
-def test_a_killed_engine_ends_streams_in_band_and_the_server_with_a_failure(
-    own_server: LiveServer,
-) -> None:
+def test_a_killed_engine_ends_streams_in_band_and_the_server_with_a_failure(tmp_path: Path) -> None:
+    live = LiveServer(tmp_path / "log", "--max-engine-restarts", "0").ready()
+    try:
+        check_that_a_death_is_told(live)
+    finally:
+        live.stop()
+
+
+def check_that_a_death_is_told(own_server: LiveServer) -> None:
     with client(own_server) as api:
         stream = api.completions.create(
             model="pagedserve-demo",

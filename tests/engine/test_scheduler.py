@@ -85,8 +85,8 @@ def test_the_cached_tokens_are_reported_also_when_the_first_chunk_samples_nothin
     s.add(Request(2, [*request(1, length=8).prompt_token_ids, *range(20, 40)], SamplingParams(), 0))
     step = s.schedule()
     assert step is not None and step.samples == [False]
-    committed = s.commit(step, StepOutput([]))
-    assert committed and committed.started == [(2, 8)]
+    assert s.take_started() == [(1, 0), (2, 8)]  # before the step is computed
+    assert not s.commit(step, StepOutput([])) and s.take_started() == []
 
 
 def test_aborted_requests_do_not_pile_up_behind_one_that_waits() -> None:

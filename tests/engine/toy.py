@@ -7,13 +7,14 @@ slot of each block, so reading another sequence's memory is seen at once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pagedserve.engine.block_pool import BlockPool
-from pagedserve.engine.channel import Abort, Control, Failed, Outputs, Stats, Submit
+from pagedserve.engine.channel import Abort, ChannelClosed, Control, Failed, Outputs, Stats, Submit
 from pagedserve.engine.loop import Engine
 from pagedserve.engine.scheduler import Scheduler
 from pagedserve.request import Request, SamplingParams
@@ -117,6 +118,7 @@ class Script:
     scores: dict[int, list[float]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
     stats: Stats | None = None
+    pending: bool = False
 
     def receive(self, timeout: float | None) -> list[object]:
         self.turn += 1
@@ -133,7 +135,7 @@ class Script:
         if due:
             self.aborted.update(due)
             messages.append(Abort([*due, *due]))  # twice: it must not matter
-        if timeout is None and not messages and not self.submits:
+        if timeout != 0.0 and not messages and not self.submits:
             messages.append(Control("shutdown"))
         return messages
 
@@ -198,6 +200,11 @@ class Load:
         return Script(submits, aborts)
 
     def run(self, depth: int, *, caching: bool = True) -> tuple[Script, Scheduler, ToyGpu]:
+        script = self.script()
+        return script, *self.turn(script, depth, caching=caching)
+
+    def turn(self, script: Script, depth: int, *, caching: bool = True) -> tuple[Scheduler, ToyGpu]:
+        """An engine that lives until `script` ends it, by an order or by ChannelClosed."""
         scheduler = Scheduler(
             BlockPool(self.num_blocks, caching=caching),
             block_size=self.block_size,
@@ -205,6 +212,7 @@ class Load:
             max_num_batched_tokens=self.budget,
             eos_token_ids=frozenset({EOS}),
         )
-        gpu, script = ToyGpu(self.num_slots, self.block_size), self.script()
-        Engine(scheduler, gpu, script, depth=depth).run()  # type: ignore[arg-type]
-        return script, scheduler, gpu
+        gpu = ToyGpu(self.num_slots, self.block_size)
+        with contextlib.suppress(ChannelClosed):
+            Engine(scheduler, gpu, script, depth=depth).run()  # type: ignore[arg-type]
+        return scheduler, gpu
