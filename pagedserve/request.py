@@ -146,11 +146,11 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     priority: int = 0
     arrival: float = 0.0
+    written: list[int] = []
+    num_scored: int = 0
     tenant: int = 0
     weight: float = 1.0
     deadline: float = math.inf
-    written: list[int] = []
-    num_scored: int = 0
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -306,9 +306,9 @@ class Service:
                         seed,
                         priority,
                         answer.arrival,
-                        visit.tenant.id,
-                        visit.tenant.weight,
-                        visit.deadlines.next(computed=False, written=False),
+                        tenant=visit.tenant.id,
+                        weight=visit.tenant.weight,
+                        deadline=visit.deadlines.next(computed=False, written=False),
                     )
                 )
         sinks = [answer.add(each, self._stream(each)) for each in requests]

@@ -136,7 +136,7 @@ class Waiting:
 
     def charge_prompt(self, sequence: Sequence, num_cached: int) -> None:
         """Charge for a sequence that is computed for the first time; what was cached is free."""
-        # What a dead engine's request has written comes with it, and may be cached beyond the prompt.
+        # What a dead engine wrote comes with the request, and may be cached beyond the prompt.
         num_computed = max(0, sequence.num_prompt - num_cached)
         line = self._lines[sequence.request.tenant]
         line.used += PROMPT_COST * num_computed / sequence.request.weight
