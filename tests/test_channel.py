@@ -26,6 +26,7 @@ from pagedserve.engine.channel import (
     Abort,
     AnyMessage,
     Channel,
+    ChannelBroken,
     ChannelClosed,
     Configure,
     Control,
@@ -251,3 +252,13 @@ def test_an_engine_without_torch_says_so_in_one_line(
     cause = f"torch cannot be imported: {reason}; install torch>=2.11"
     assert client.cause_of_death == cause
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_is_no_message_breaks_the_channel() -> None:
+    for payload in (b"xyz", b"\xc1", msgspec.msgpack.encode(["Outputs", [1], "no list"])):
+        channel, raw = Channel.pair()
+        raw.sendall(HEADER.pack(len(payload)) + payload)
+        with pytest.raises(ChannelBroken, match="sent no message"):
+            channel.receive(1.0)
+        channel.close()
+        raw.close()

@@ -176,10 +176,12 @@ class Service:
 
     def _tick(self) -> None:
         """Let the client see time pass: stalls, and the moment of a restart."""
-        self.client.tick()
-        self._look()
-        if not self.failure.done():
-            self._tick_later()
+        try:
+            self.client.tick()
+            self._look()
+        finally:  # a bug in one answer must not end the watch over all
+            if not self.failure.done():
+                self._tick_later()
 
     def _tick_later(self) -> None:
         self._ticking = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)

@@ -30,6 +30,10 @@ class ChannelClosed(Exception):
     """The other process is gone."""
 
 
+class ChannelBroken(ChannelClosed):
+    """The other process sent what is no message; nothing it says can be trusted any more."""
+
+
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of everything that crosses."""
 
@@ -233,7 +237,10 @@ class Channel:
             if len(view) - at - HEADER.size < length:
                 break
             start = at + HEADER.size
-            messages.append(self._decoder.decode(view[start : start + length]))
+            try:
+                messages.append(self._decoder.decode(view[start : start + length]))
+            except msgspec.MsgspecError as error:
+                raise ChannelBroken(f"the other process sent no message: {error}") from error
             at = start + length
         view.release()
         del self._incoming[:at]

@@ -24,12 +24,17 @@ class EngineProcess:
     def __init__(self, module: str):
         self.channel, theirs = Channel.pair()
         # A session of its own: Ctrl-C in the terminal reaches the API process only, which drains.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno()), str(lasting_parent())],
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno()), str(lasting_parent())],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except BaseException:
+            self.channel.close()
+            raise
+        finally:
+            theirs.close()
 
     @property
     def pid(self) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 from pagedserve.engine.channel import (
     Abort,
     AnyMessage,
+    ChannelBroken,
     ChannelClosed,
     Configure,
     Control,
@@ -183,6 +184,8 @@ class EngineClient:
             for message in engine.receive(timeout):
                 self._silence.heard()
                 self._take(message)
+        except ChannelBroken as error:
+            self._died(str(error))
         except ChannelClosed:
             self._died(engine.exit_cause())
         if self._held:
@@ -337,10 +340,23 @@ class EngineClient:
             if now > self._restart_at + END_SECONDS:
                 self._end(f"{self.last_death}, and the process cannot be ended")
         elif now >= self._restart_at:
-            self._start()
+            try:
+                self._start()
+            except OSError as error:  # no memory to fork, no file descriptor left
+                self._not_started(f"another engine cannot be started: {error}")
+                return
             self.on_up()
             assert self._options is not None, "it was ready, so it was configured"
             self._send(Configure(self._options))
+
+    def _not_started(self, cause: str) -> None:
+        """As a death, but there is nothing to end."""
+        self.last_death, now = cause, time.monotonic()
+        delay = self._restarts.after_death(now)
+        if delay is None:
+            self._end(self._told_in_a_row(cause))
+        else:
+            self._restart_at = now + delay
 
     def _told_in_a_row(self, cause: str) -> str:
         in_a_row = self._restarts.in_a_row

@@ -65,6 +65,10 @@ CASES_MOE: dict[str, Case] = {
     "flex_olmo": Case("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2}),
     "deepseek v2": Case("deepseek_v2", {**LATENT, "topk_method": "group_limited_greedy"}),
     "deepseek v2 lite": Case("deepseek_v2", {**LATENT, "q_lora_rank": None}),
+    "deepseek v2 stretched": Case(
+        "deepseek_v2",
+        {**LATENT, "q_lora_rank": None, "rope_parameters": {**YARN, "mscale_all_dim": 0.707}},
+    ),
     "deepseek v3": Case("deepseek_v3", LATENT),
     "deepseek v3 stretched": Case("deepseek_v3", {**LATENT, "rope_parameters": YARN}),
     "glm4_moe": Case("glm4_moe", {**GROUPED, "head_dim": 16, "use_qk_norm": True}),

@@ -41,7 +41,7 @@ def deepseek_v2(c: Config) -> DecoderSpec:
     limited = c["topk_method"] == CHOICES[1]
     groups = (c["n_group"], c["topk_group"]) if limited else (1, 1)
     moe = routed(c, score="softmax", renorm=False, groups=groups, group_score="best")
-    return latent_decoder(c, moe, latent(c))
+    return latent_decoder(c, moe, latent(c, scale=yarn_scale(c)))
 
 
 @arch("DeepseekV3ForCausalLM")
