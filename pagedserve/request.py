@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -131,7 +132,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 
     `seed` is always set: with the position it keys every random draw, so the same request gives the
     same tokens whatever shares its batch, and a replay continues the same text. `priority`: lower
-    first. `arrival`: seconds, `time.monotonic()` of the machine.
+    first. `arrival`, and the `deadline` of its start: `time.monotonic()` seconds of the machine.
+    `tenant` is whose it is, `weight` that tenant's share against the others'.
 
     A request that goes on after its engine died brings the tokens it has `written` already, which
     are part of its answer and not of its prompt, and the number of prompt log-probabilities that
@@ -146,6 +148,9 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     arrival: float = 0.0
     written: list[int] = []
     num_scored: int = 0
+    tenant: int = 0
+    weight: float = 1.0
+    deadline: float = math.inf
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -5,6 +5,7 @@ And its two processes: what the engine's end does where the API's end dies, or t
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -47,6 +48,7 @@ EVERY: list[Message] = [
     Configure({"model": "x", "port": 5, "seed": None, "ratio": 0.5}),
     Submit([Request(1, [1, 2], SamplingParams(stop=["x"], logit_bias={3: 1.0}), 7)]),
     Submit([Request(1, [1, 2], SamplingParams(), 7, 1, 0.5, [3, 4], 1)]),
+    Submit([Request(1, [1], SamplingParams(), 7, tenant=3, weight=0.5, deadline=math.inf)]),
     Abort([1, 2]),
     Control("shutdown"),
     Progress("load", 0.5, "10 %"),

@@ -11,13 +11,13 @@ preempted later does not wait again: it was promised its answer.
 At every moment, in sequences: admitted = live + finished + aborted + failed; in HTTP requests: what
 was refused is counted by reason and touches nothing else.
 
-One bound serves all keys, but no key can take all of it: half of it is kept for the keys in shares
-by weight, and is theirs alone while they use less than that. With g the share kept for a key:
+One bound serves all keys, but no key can take all of the queue: half of it is kept for the keys in
+shares by weight, and is theirs alone while they use less. With g the share that is kept for a key:
 
     total + sum over keys of max(0, g - used by the key)  <=  bound
 
 holds before and after every `admit`, so a key within its share is never refused for the others'
-sake.
+sake. Of what is computed nothing is kept: a key may have all of it while no other asks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Tenant:
     """Whoever shares an API key's name. `id` is what the engine knows of it.
 
     `weight`: its share against the others'. `requests_per_minute` and `max_open` (requests and
-    streams at a time): 0 is no limit.
+    streams at a time): 0 is no limit. `best_priority`: the lowest number that its requests may
+    give as their priority, and what they have without one; None is any, and 0 without one.
     """
 
     id: int = 0
@@ -60,6 +61,20 @@ class Tenant:
     weight: float = 1.0
     requests_per_minute: int = 0
     max_open: int = 0
+    best_priority: int | None = None
+
+    def priority(self, given: int | None) -> int:
+        """The priority of a request that gives one, or none. Raises RequestError."""
+        best = self.best_priority
+        if given is None:
+            return best or 0
+        if best is not None and given < best:
+            raise RequestError(
+                f"priority must be at least {best} for this API key, got {given}; lower goes "
+                "first, before the requests of other keys too",
+                param="priority",
+            )
+        return given
 
 
 ANYBODY = Tenant()
@@ -136,7 +151,7 @@ class Admission:
         self.num_live = 0  # sequences
         self.num_waiting = 0  # sequences
         self.waiting_tokens = 0  # of prompts
-        self.max_live = MIN_QUEUED_REQUESTS
+        self.max_queued = self.max_live = MIN_QUEUED_REQUESTS
         self.max_waiting_tokens = MIN_QUEUED_TOKENS
 
     def settle(self, ready: Ready) -> None:
@@ -147,7 +162,7 @@ class Admission:
         if tokens is None:
             cache = ready.num_blocks * ready.block_size
             tokens = max(QUEUED_CACHES * cache, MIN_QUEUED_TOKENS)
-        self.max_live = ready.max_num_seqs + queued
+        self.max_queued, self.max_live = queued, ready.max_num_seqs + queued
         self.max_waiting_tokens = tokens
 
     @property
@@ -257,7 +272,9 @@ class Admission:
 
     def _check(self, tenant: Tenant, num_sequences: int, num_tokens: int) -> None:
         """Raise BusyError where the queue has no room for so much of `tenant`."""
-        excess = self._excess(tenant, num_sequences, self.max_live, lambda each: each.num_live)
+        excess = self._excess(
+            tenant, num_sequences, self.max_live, self.max_queued, lambda each: each.num_live
+        )
         if excess > 0:
             raise self._refused(
                 "queue_requests",
@@ -265,9 +282,8 @@ class Admission:
                 f"may be, and this request has {num_sequences} more; try again later",
                 self._seconds(min(excess, self.num_live), self._ending.per_second()),
             )
-        excess = self._excess(
-            tenant, num_tokens, self.max_waiting_tokens, lambda each: each.waiting_tokens
-        )
+        most = self.max_waiting_tokens
+        excess = self._excess(tenant, num_tokens, most, most, lambda each: each.waiting_tokens)
         if excess > 0:
             raise self._refused(
                 "queue_tokens",
@@ -278,16 +294,24 @@ class Admission:
             )
 
     def _excess(
-        self, tenant: Tenant, amount: int, bound: int, used: Callable[[Account], int]
+        self,
+        tenant: Tenant,
+        amount: int,
+        bound: int,
+        queue: int,
+        used: Callable[[Account], int],
     ) -> float:
-        """By how much `amount` more of `tenant` passes `bound`; 0 or less: there is room."""
+        """By how much `amount` more of `tenant` passes `bound`; 0 or less: there is room.
+
+        `queue`: the part of the bound of which shares are kept.
+        """
         own, all_used = used(self._account(tenant)), sum(map(used, self._accounts.values()))
         if not all_used:
             return 0.0  # before nobody a request of any size is taken: else it could never be
         tenants = list(self.tenants())
         if len(tenants) < 2:
             return all_used + amount - bound
-        unit = KEPT_SHARE * bound / sum(each.weight for each in tenants)
+        unit = KEPT_SHARE * queue / sum(each.weight for each in tenants)
         if own + amount <= unit * tenant.weight:
             return 0.0
         kept = sum(

@@ -19,6 +19,7 @@ from pagedserve.api import health, openai_models
 from pagedserve.api.answer import ClientGone
 from pagedserve.api.auth import RequireKey
 from pagedserve.api.door import Door
+from pagedserve.api.keys import Keys
 from pagedserve.api.limits import BodyLimit, RequestId
 from pagedserve.api.openai_chat import create_chat_completion
 from pagedserve.api.openai_completions import create_completion
@@ -47,8 +48,8 @@ ROUTES: list[tuple[str, str, Handler]] = [
 ]
 
 
-def build_app(service: Service, *, key: str | None = None) -> FastAPI:
-    """The application over `service`; `key` is what clients must send, None for no key."""
+def build_app(service: Service, keys: Keys) -> FastAPI:
+    """The application over `service`, for who has one of `keys`, or for anybody without keys."""
     app = FastAPI(
         title="pagedserve", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
     )
@@ -64,8 +65,9 @@ def build_app(service: Service, *, key: str | None = None) -> FastAPI:
     # The last added is the first to see a request.
     app.add_middleware(Door, service=service)
     app.add_middleware(BodyLimit, max_bytes=service.config.server.max_body_bytes)
-    if key:
-        app.add_middleware(RequireKey, key=key)
+    service.admission.tenants = lambda: keys.tenants
+    if keys:
+        app.add_middleware(RequireKey, keys=keys)
     app.add_middleware(RequestId)
     return app
 

@@ -32,9 +32,11 @@ async def create_chat_completion(service: Service, request: HttpRequest) -> Resp
     params = body.params(
         service.generation.defaults, max_tokens=body.limit(), logprobs=body.num_logprobs()
     )
+    visit = visit_of(request)
+    priority = visit.tenant.priority(body.priority)
     large = len(await request.body()) > INLINE_BYTES
     prompt, params = await in_thread_if(large, prepare, service, body, params)
-    answer = service.submit([prompt], [params], visit_of(request), priority=body.priority or 0)
+    answer = service.submit([prompt], [params], visit, priority=priority)
     assert service.tokenizer is not None
     if body.stream:
         head = Head.of(service, request, "chatcmpl", "chat.completion.chunk")

@@ -54,9 +54,11 @@ async def create_completion(service: Service, request: HttpRequest) -> Response:
     body = await read_body(request, CompletionBody, NEUTRAL_COMPLETION)
     check_model(service, body.model)
     head = Head.of(service, request, "cmpl", "text_completion")
+    visit = visit_of(request)
+    priority = visit.tenant.priority(body.priority)
     large = len(await request.body()) > INLINE_BYTES
     job = await in_thread_if(large, prepare, service, body, head)
-    answer = service.submit(job.prompts, job.params, visit_of(request), priority=body.priority or 0)
+    answer = service.submit(job.prompts, job.params, visit, priority=priority)
     if body.stream:
         return EventStream(answer, CompletionEvents(service, job, answer))
     rendering = Choices(service, job, answer)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from pagedserve.api.keys import Keys
 from pagedserve.config import Config, ServerConfig, api_key_from_environment
 from pagedserve.engine.client import EngineClient
 from pagedserve.engine.watch import Recovery
@@ -47,8 +48,9 @@ def run(
     Raises StartupError when the server cannot start, PagedServeError when its engine died later.
     """
     key = config.server.api_key or api_key_from_environment()
+    keys = Keys(key, config.server.api_key_file)
     started = time.monotonic()
-    sock = listen(config.server, key)
+    sock = listen(config.server, key or config.server.api_key_file)
     say(f"listening on {url(sock)} (503 until the model is loaded)")
     client = EngineClient(engine_module, Recovery(config.server.max_engine_restarts))
     try:
@@ -56,7 +58,7 @@ def run(
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             life = Life(config, client, sock, say, started)
-            return runner.run(life.live(key))
+            return runner.run(life.live(keys))
     finally:
         sock.close()
         # While it loads, the engine reads no orders: waiting for it would be in vain.
@@ -78,7 +80,7 @@ class Life:
         self._second_signal = asyncio.Event()
         self._reported = ("", started)
 
-    async def live(self, key: str | None) -> int:
+    async def live(self, keys: Keys) -> int:
         """The whole life; see `run`."""
         from pagedserve.api.app import build_app
         from pagedserve.api.service import Service
@@ -86,7 +88,7 @@ class Life:
         self._watch_signals()
         service = Service(self._config, self._client)
         service.on_phase = self._report
-        app = cancelled_quietly(build_app(service, key=key))
+        app = cancelled_quietly(build_app(service, keys))
         server = http_server(app, self._config.server)
         serving = asyncio.create_task(server.serve(sockets=[self._sock]))
         starting = asyncio.create_task(self._start(service))
@@ -276,12 +278,13 @@ def resolved(host: str, port: int, family: socket.AddressFamily) -> Any:
 
 
 def check_binding(config: ServerConfig, key: str | None) -> None:
-    """Raise StartupError for an address that others can reach while no key is set."""
+    """Raise StartupError for an address that others can reach while no `key`, or file, is set."""
     if key or is_loopback(config.host):
         return
     raise StartupError(
         f"--host {config.host} can be reached from other machines, and no API key is set: anybody "
-        "could use this server. Set --api-key or PAGEDSERVE_API_KEY, or listen on 127.0.0.1."
+        "could use this server. Set --api-key, PAGEDSERVE_API_KEY or --api-key-file, or listen on "
+        "127.0.0.1."
     )
 
 

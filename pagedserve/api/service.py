@@ -302,7 +302,17 @@ class Service:
                 seed = wanted.seed
                 seed = secrets.randbits(63) if seed is None else choice_seed(seed, index)
                 requests.append(
-                    Request(self.client.next_id(), prompt, wanted, seed, priority, answer.arrival)
+                    Request(
+                        self.client.next_id(),
+                        prompt,
+                        wanted,
+                        seed,
+                        priority,
+                        answer.arrival,
+                        tenant=visit.tenant.id,
+                        weight=visit.tenant.weight,
+                        deadline=visit.deadlines.next(computed=False, written=False),
+                    )
                 )
         sinks = [answer.add(each, self._stream(each)) for each in requests]
         self.answers.add(answer)

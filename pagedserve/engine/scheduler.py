@@ -1,10 +1,11 @@
 """Who computes what in the next step.
 
 There is no prefill phase and no decode phase: every running sequence has some tokens to compute,
-one token budget is shared out among them in order of importance (priority, then arrival), and what
-is left admits waiting ones. A long prompt is computed in pieces because the budget ends, not
-because a rule says so. When blocks run out the least important running sequence is preempted: it
-gives back its blocks and is recomputed later, from its prompt and what it has written.
+one token budget is shared out among them in order of importance (priority, then what is due first),
+and what is left admits waiting ones, whose turn `waiting.py` decides. A long prompt is computed in
+pieces because the budget ends, not because a rule says so. When blocks run out the least important
+running sequence is preempted: it gives back its blocks and is recomputed later, from its prompt and
+what it has written.
 
         add ──▶ waiting ──admit──▶ running ──commit──▶ finished
                    ▲                  │
@@ -16,13 +17,13 @@ so blocks and slot are given back only when no launched step touches the sequenc
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 
 from pagedserve.engine.block_pool import BlockPool
 from pagedserve.engine.sequence import Sequence, Status
+from pagedserve.engine.waiting import Waiting
 from pagedserve.request import FinishReason, Request
 from pagedserve.step import BlockId, Join, Slot, Step, StepOutput, TokenLogprobs
 
@@ -59,8 +60,7 @@ class Scheduler:
         self.token_budget = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
         self.running: list[Sequence] = []  # most important first
-        self._waiting: list[Sequence] = []  # a heap; some of it may be aborted, see `_forget`
-        self._num_forgotten = 0
+        self._waiting = Waiting()
         self._by_id: dict[int, Sequence] = {}
         self._free_slots = [Slot(slot) for slot in reversed(range(max_num_seqs))]
         self._launched: deque[list[Sequence]] = deque()  # rows of each launched step
@@ -84,7 +84,7 @@ class Scheduler:
         if request.id in self._by_id:
             raise ValueError(f"request id {request.id} is in use")
         self._by_id[request.id] = sequence
-        heapq.heappush(self._waiting, sequence)
+        self._waiting.push(sequence)
 
     def abort(self, id: int) -> None:
         """End a request at once, whatever its state; unknown and ended ids are ignored."""
@@ -108,6 +108,9 @@ class Scheduler:
         """The next step, or None when no row can compute now."""
         step = Step(self.num_steps, [], [], [], [], [], [], [], [])
         rows: list[Sequence] = []
+        if self._waiting.shared and (self._free_slots or self._waiting.stranded):
+            self._waiting.settle(self.running)
+            self._claim_room()
         budget = self._schedule_running(step, rows, self.token_budget)
         self._admit(step, rows, budget)
         if not rows:
@@ -169,16 +172,42 @@ class Scheduler:
     def _admit(self, step: Step, rows: list[Sequence], budget: int) -> None:
         while budget > 0 and self._free_slots and (sequence := self._next_waiting()) is not None:
             hits = self._find_prefix(sequence)
-            revived = sum(map(self.pool.is_free, hits))
             missing = self._blocks_for(sequence.length) - len(hits)
-            # Room for all that is known of it, and for every running one to grow once: a sequence
-            # admitted into the last block would be the next one preempted.
-            if self.pool.num_free - revived < missing + len(self.running):
+            if not self._has_room(hits, missing):
                 break
-            heapq.heappop(self._waiting)
+            self._waiting.take(sequence)
             self._start(sequence, hits, step)
             self._grow(sequence, missing, step)
             budget = self._first_row(step, rows, sequence, budget)
+
+    def _has_room(self, hits: list[BlockId], missing: int) -> bool:
+        """True where a sequence that finds `hits` and needs `missing` blocks may be admitted.
+
+        Room for all that is known of it, and for every running one to grow once: a sequence
+        admitted into the last block would be the next one preempted.
+        """
+        revived = sum(map(self.pool.is_free, hits))
+        return self.pool.num_free - revived >= missing + len(self.running)
+
+    def _claim_room(self) -> None:
+        """Preempt one of the tenant with most running where a tenant with none has its turn.
+
+        So its first token waits for no other tenant's long answers. A tenant's last running
+        sequence, and one of a better priority, is left alone.
+        """
+        sequence = self._next_waiting()
+        if sequence is None or self._waiting.num_running(sequence.request.tenant):
+            return
+        tenant, num_running = self._waiting.largest()
+        if num_running < 2 or self._releasing:  # what launched steps hold comes free by itself
+            return
+        hits = self._find_prefix(sequence)
+        missing = self._blocks_for(sequence.length) - len(hits)
+        if self._free_slots and self._has_room(hits, missing):
+            return
+        victim = next(each for each in reversed(self.running) if each.request.tenant == tenant)
+        if victim.request.priority >= sequence.request.priority:
+            self._preempt(victim)
 
     @staticmethod
     def _first_row(step: Step, rows: list[Sequence], sequence: Sequence, budget: int) -> int:
@@ -198,12 +227,10 @@ class Scheduler:
         return budget - count
 
     def _next_waiting(self) -> Sequence | None:
-        while self._waiting and self._waiting[0].status is not Status.WAITING:
-            heapq.heappop(self._waiting)
-            self._num_forgotten -= 1
-        if not self._waiting or self._waiting[0].launched:
+        sequence = self._waiting.head()
+        if sequence is None or sequence.launched:
             return None  # a preempted one whose last step is still out: it keeps its turn
-        return self._waiting[0]
+        return sequence
 
     def _find_prefix(self, sequence: Sequence) -> list[BlockId]:
         if not sequence.reuse:
@@ -234,6 +261,7 @@ class Scheduler:
         if not sequence.started:
             sequence.started = True
             self._started.append((sequence.id, sequence.num_computed))
+            self._waiting.charge_prompt(sequence, sequence.num_computed)
             self.num_prefix_queries += len(sequence.tokens)
             self.num_prefix_hits += sequence.num_computed
 
@@ -341,7 +369,7 @@ class Scheduler:
         self.num_preemptions += 1
         self._leave(sequence)
         sequence.status = Status.WAITING
-        heapq.heappush(self._waiting, sequence)
+        self._waiting.push(sequence)
 
     def _end(self, sequence: Sequence, status: Status) -> None:
         if sequence.status is Status.RUNNING:
@@ -349,20 +377,12 @@ class Scheduler:
             sequence.status = status
         else:
             sequence.status = status
-            self._forget()
+            self._waiting.forget(sequence)
         del self._by_id[sequence.id]
-
-    def _forget(self) -> None:
-        """One of the waiting ended. It stays in the heap until it surfaces or too many have ended:
-        taking it out at once would make a storm of aborts quadratic."""
-        self._num_forgotten += 1
-        if 2 * self._num_forgotten > len(self._waiting):
-            self._waiting = [s for s in self._waiting if s.status is Status.WAITING]
-            heapq.heapify(self._waiting)
-            self._num_forgotten = 0
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._waiting.left(sequence)
         if sequence.launched:
             self._releasing += len(sequence.blocks)
         else:

@@ -17,6 +17,8 @@ from pagedserve.engine.block_pool import ROOT, chain_hash
 from pagedserve.request import Request
 from pagedserve.step import BlockId, Slot
 
+PATIENT_SECONDS = 60.0  # a request without a deadline is due so long after it came
+
 
 class Status(enum.Enum):
     """Where a sequence is. Only RUNNING ones are scheduled; the last two are final."""
@@ -36,6 +38,7 @@ class Sequence:
         "id",
         "launched",
         "max_length",
+        "num_charged",
         "num_computed",
         "num_inflight",
         "num_prompt",
@@ -57,7 +60,8 @@ class Sequence:
         assert params.max_tokens is not None, "the API settles max_tokens before it submits"
         self.request = request
         self.id = request.id
-        self.order = (request.priority, request.arrival, request.id)
+        due = min(request.deadline, request.arrival + PATIENT_SECONDS)
+        self.order = (request.priority, due, request.arrival, request.id)
         self.tokens = request.prompt_token_ids + request.written
         self.num_prompt = len(request.prompt_token_ids)
         self.max_length = self.num_prompt + params.max_tokens
@@ -73,6 +77,8 @@ class Sequence:
         self.room = 0  # tokens that `blocks` hold
         self.hashes: list[bytes] = []  # chain hashes of the first full blocks of `tokens`
         self.num_published = 0
+        # Tokens written that the tenant was charged for; those of an engine that died were.
+        self.num_charged = len(request.written)
         # Prompt log-probabilities sent; a replay computes them again.
         self.num_scored = request.num_scored
         self.slot: Slot | None = None

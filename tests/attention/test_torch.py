@@ -15,8 +15,7 @@ from pagedserve.attention import torch_plan as planning
 from pagedserve.attention.torch import TorchAttention
 from pagedserve.device import pick
 from pagedserve.errors import StartupError
-from pagedserve.models.architectures import spec_of
-from pagedserve.spec import Attn
+from pagedserve.spec import Attn, DecoderSpec, Layer, Norm
 
 LAYERS, LAYER = 3, 1
 ATTN = Attn(heads=6, kv_heads=2, head_dim=8, scale=0.3)
@@ -210,11 +209,7 @@ def test_what_is_not_supported_is_said() -> None:
 
 
 def test_choosing_names_the_reason_where_no_backend_fits() -> None:
-    config = {
-        "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 4,
-        "head_dim": 8, "vocab_size": 32, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
-        "hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    }  # fmt: skip
+    layer = Layer(Attn(heads=6, kv_heads=4, head_dim=8, scale=1.0), None)
+    spec = DecoderSpec(64, 32, 64, (layer,), Norm(), {})
     with pytest.raises(StartupError, match="torch: 6 query heads do not divide"):
-        choose(pick("cpu"), spec_of(config), torch.float32, 16)
+        choose(pick("cpu"), spec, torch.float32, 16)

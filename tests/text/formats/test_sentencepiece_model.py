@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from sentencepiece import SentencePieceProcessor
 
 from pagedserve.errors import StartupError
@@ -52,8 +52,8 @@ def score(processor: SentencePieceProcessor, ids: list[int]) -> float:
 @given(text=texts)
 def test_a_text_gets_the_ids_of_sentencepiece(name: str, text: str) -> None:
     ours, theirs = pair(name)
-    for special in ("<unk>", "<ctl>"):  # found as such in texts, which sentencepiece never does
-        text = text.replace(special, "")
+    # Found as such in texts, which sentencepiece never does.
+    assume(not any(special in text for special in ("<unk>", "<ctl>", "<s>", "</s>")))
     ids, expected = ours.encode(text, False), theirs.encode(text)
     if ids != expected and "unigram" in name:  # of equally likely ways either may be taken
         assert score(theirs, ids) == pytest.approx(score(theirs, expected), abs=1e-4)
