@@ -165,6 +165,7 @@ class Service:
     def _progress(self, message: Progress | Ready) -> None:
         if isinstance(message, Ready):
             if self._ready.is_set():
+                self.admission.settle(message)  # memory may have become less
                 self._enter("ready again", f"{self.client.num_live} sequences go on")
             self._ready.set()
         else:

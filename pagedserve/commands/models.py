@@ -31,7 +31,8 @@ def lines(found: catalog.Catalog) -> list[str]:
     shown = [f"native, {len(found.natives)} families: our own decoder"]
     for each in found.natives:
         name, *more = each.names
-        tested = f"{each.oracle}, {each.configs} configs" if each.oracle else "no test of its own"
+        count = "1 config" if each.configs == 1 else f"{each.configs} configs"
+        tested = f"{each.oracle}, {count}" if each.oracle else "no test of its own"
         shown.append(f"  {name:34} {tested}" + (f"; also {', '.join(more)}" if more else ""))
     equal = found.with_result("equal")
     shown.append("")

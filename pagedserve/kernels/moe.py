@@ -81,6 +81,9 @@ def route_kernel(
     choice = scores
     if correction is not None:
         choice += added
+    # Of a row that is not finite, padding or a lost sequence, nothing compares: without this it
+    # would choose experts that do not exist. Its weights stay NaN, which tells the sampler.
+    choice = tl.where(choice == choice, choice, float("-inf"))
     left = real
     if GROUPS > 1:
         members = tl.where(real, choice, float("-inf"))

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pagedserve.errors import StartupError
-from pagedserve.models.filenames import (
+from pagedserve.models.hub.filenames import (
     INDEX,
     PICKLE_INDEX,
     PICKLES,

@@ -72,7 +72,7 @@ def load_model(
         source = weights(directory, spec, load_format, seed, device, on_progress)
         decoder = assemble(spec, source, device=device, dtype=wanted, context=limit)
     else:
-        from pagedserve.models.fallback_load import Asked, load_fallback  # transformers is slow
+        from pagedserve.models.fallback.load import Asked, load_fallback  # transformers is slow
 
         asked = Asked(directory, wanted, device, load_format, seed, context)
         decoder = load_fallback(config, asked, on_progress)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pagedserve.errors import StartupError
-from pagedserve.models.filenames import INDEX, SINGLE, lacking, listing, pickled, weight_map
+from pagedserve.models.hub.filenames import INDEX, SINGLE, lacking, listing, pickled, weight_map
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

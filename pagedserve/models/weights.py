@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pagedserve.errors import StartupError
-from pagedserve.models.filenames import listing
+from pagedserve.models.hub.filenames import listing
 from pagedserve.models.shards import DTYPES, FLOATS, Files, Stored, stored_tensors
 from pagedserve.spec import DecoderSpec
 

@@ -96,13 +96,38 @@ class Stages:
         if stage.graph is not None:
             stage.graph.replay()
         elif not self.eager and stage.runs >= SEEN_BEFORE_CAPTURE and self.decoder.capturable:
-            self.capture(stage)
+            self.capture_or_compute(stage)
         else:
             stage.runs += 1
             self.compute(size, needs)
 
-    def capture(self, stage: Stage) -> None:
-        """Record the stage as a graph and run it.
+    def capture_or_compute(self, stage: Stage) -> None:
+        """Run the stage as a graph; op by op from now on where no graph of it can be made.
+
+        Nothing of a step is computed while it is captured, so it is not lost. Graphs that there are
+        still serve.
+        """
+        stream = torch.cuda.current_stream()
+        try:
+            stage.graph = self.capture(stage)
+        # No memory, or something that may not be captured.
+        except RuntimeError as error:
+            # A capture that fails leaves its own stream as the current one.
+            torch.cuda.set_stream(stream)
+            self.eager = True
+            log.warning(
+                "no more CUDA graphs, steps of other sizes run op by op and slower: %s could not "
+                "be captured: %s. Where memory is short, lower --gpu-memory-utilization; "
+                "--enforce-eager does without graphs",
+                stage.size,
+                error,
+            )
+            self.compute(stage.size, stage.needs)
+            return
+        stage.graph.replay()
+
+    def capture(self, stage: Stage) -> torch.cuda.CUDAGraph:
+        """Record the stage as a graph.
 
         Nothing that it makes is kept, so that all graphs share the memory of the largest.
         """
@@ -111,8 +136,7 @@ class Stages:
             self.pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self.pool):
             self.compute(stage.size, stage.needs)
-        stage.graph = graph
-        graph.replay()
+        return graph
 
     def compute(self, size: Size, needs: Needs) -> Made:
         """The whole step, op by op."""

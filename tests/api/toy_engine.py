@@ -8,6 +8,7 @@
     NEVER      no token at all: it waits in the queue
     BEGUN      it is computed, and never has a token
     HANG       the process hangs after two tokens
+    RAISE      the engine reports an exception after two tokens, and ends
 
 A request that goes on after an engine's death goes on where it was.
 
@@ -41,7 +42,7 @@ from pagedserve.engine.channel import (
 from pagedserve.request import Request
 from pagedserve.step import TokenLogprobs
 
-DIE, FAIL, SLOW, NEVER, BEGUN, HANG = 6661, 6662, 6663, 6664, 6665, 6666
+DIE, FAIL, SLOW, NEVER, BEGUN, HANG, RAISE = 6661, 6662, 6663, 6664, 6665, 6666, 6667
 MAX_MODEL_LEN = 2048
 STEP_SECONDS = 0.001
 BEAT_SECONDS = 0.1  # between signs of life of an idle toy
@@ -117,6 +118,9 @@ class Toy:
             return
         if order == DIE and row.written == 2:
             os._exit(3)
+        if order == RAISE and row.written == 2:
+            self.channel.send(Dead("RuntimeError: a toy exception"))
+            os._exit(1)
         if order == HANG and row.written == 2:
             time.sleep(600)
         if order == FAIL and row.written == 2:

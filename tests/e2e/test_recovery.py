@@ -24,6 +24,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import LiveServer
+from tests.e2e.test_server import eventually, nothing_held
 
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -192,6 +193,7 @@ def test_no_request_fails_and_every_text_is_the_same(
         restarts = live.metric("engine_restarts_total")
         errors = live.metric('request_success_total{[^}]*finished_reason="error"[^}]*}')
         assert live.get("/livez")[0] == 200
+        eventually(lambda: nothing_held(live))
         assert live.interrupt() == 0
     finally:
         live.stop()

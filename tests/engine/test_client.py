@@ -20,7 +20,7 @@ from pagedserve.engine.watch import TICK_SECONDS, Recovery
 from pagedserve.errors import PagedServeError
 from pagedserve.request import Request, SamplingParams
 
-SLOW, NEVER = 6663, 6664
+SLOW, NEVER, RAISE = 6663, 6664, 6667
 
 
 class Sink:
@@ -87,6 +87,18 @@ def test_a_sink_hears_everything_once_over_three_engines(bed: Bed) -> None:
     assert sink.tokens == [5, 6, 7] * 10
     assert sink.calls == ["started", "finish"]
     assert (bed.client.num_restarts, bed.client.num_live) == (2, 0)
+
+
+def test_an_exception_is_the_cause_that_a_request_learns_in_the_end(bed: Bed) -> None:
+    sink = bed.submit(RAISE)
+    bed.until(lambda: sink.error is not None)
+    assert sink.error is not None and sink.error.code == "request_quarantined"
+    assert "died 3 times in a row" in str(sink.error)
+    assert str(sink.error).endswith("RuntimeError: a toy exception")
+    assert (sink.tokens, sink.calls) == ([5, 6], ["started", "failed"])
+    assert bed.client.num_quarantined == 1
+    later = bed.submit(SLOW, max_tokens=3)
+    bed.until(lambda: "finish" in later.calls)
 
 
 def test_an_engine_that_says_what_is_no_message_is_replaced(bed: Bed) -> None:

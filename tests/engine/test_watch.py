@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pagedserve.config import Config
+from pagedserve.engine.process import stall_seconds
 from pagedserve.engine.watch import (
     GOOD_LIFE_SECONDS,
     MAX_DELAY_SECONDS,
@@ -72,3 +74,11 @@ def test_a_token_or_a_minute_of_service_begins_a_new_row() -> None:
 
 def test_without_recovery_the_first_death_is_the_last() -> None:
     assert Restarts(Recovery()).after_death(0.0) is None
+
+
+def test_a_step_may_take_longer_on_a_cpu_unless_asked_otherwise() -> None:
+    assert stall_seconds(Config(), on_gpu=True) == 120.0
+    assert stall_seconds(Config(), on_gpu=False) == 600.0
+    for asked in (0.0, 7.5):
+        config = Config.from_options({"engine_stall_timeout": asked})
+        assert stall_seconds(config, on_gpu=True) == stall_seconds(config, on_gpu=False) == asked

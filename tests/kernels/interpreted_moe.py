@@ -7,7 +7,13 @@ import torch
 
 from pagedserve.kernels import moe
 from tests.kernels.fused import Place
-from tests.kernels.mixtures import ROUTINGS, Sizes, check_experts, check_routing
+from tests.kernels.mixtures import (
+    ROUTINGS,
+    Sizes,
+    check_experts,
+    check_lost_rows,
+    check_routing,
+)
 
 # The interpreter is numpy, which warns of infinities.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -18,6 +24,11 @@ HERE = Place(torch.device("cpu"), torch.float32)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_routing(name: str) -> None:
     check_routing(ROUTINGS[name], 4, HERE.device)
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_row_that_is_not_finite_chooses_experts_that_exist(name: str) -> None:
+    check_lost_rows(ROUTINGS[name], HERE.device)
 
 
 @pytest.mark.parametrize("alone", (True, False))

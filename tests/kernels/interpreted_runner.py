@@ -6,6 +6,7 @@ are the GPU's own kernels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,14 @@ import torch
 
 from pagedserve.attention.triton import Processors, TritonAttention
 from pagedserve.config import Config
-from pagedserve.device import pick
+from pagedserve.device import Device, pick
+from pagedserve.kernels import moe
+from pagedserve.kernels.experts import ExpertWeights
 from pagedserve.kernels.step_inputs import Message
 from pagedserve.models.loading import load_model
+from pagedserve.request import SamplingParams
 from pagedserve.step import BlockId, Join, Slot, Step
+from pagedserve.worker import gpu_runner
 from pagedserve.worker.gpu_runner import Buffers, GpuRunner
 from pagedserve.worker.runner import Runner
 from pagedserve.worker.start import Worker, make, settle
@@ -48,15 +53,31 @@ class Interpreted(GpuRunner):
         return Buffers(message, message.numpy(), torch.zeros(2 * rows, dtype=torch.int32), done)
 
 
-def workers(directory: Path, implementation: str = "native") -> tuple[Worker, Worker]:
-    config = Config.from_options({"model": str(directory), **OPTIONS})
-    device = pick("cpu")
-    model = load_model(directory, device=device, context=32, model_impl=implementation)
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, and the largest of integers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def workers(
+    directory: Path, implementation: str = "native", **options: int
+) -> tuple[Worker, Worker]:
+    asked = {**OPTIONS, **options}
+    config = Config.from_options({"model": str(directory), **asked})
+    device, length = pick("cpu"), int(asked["max_model_len"])
+    model = load_model(directory, device=device, context=length, model_impl=implementation)
     info = replace(settle(config, device, model), eos_token_ids=[2])
     plain = make(config, device, model, info)
     assert isinstance(plain, Runner)
-    attention = TritonAttention(device, Processors(count=2, capability=(8, 0)))
-    return plain, Interpreted(config, device, model, info, attention)
+    return plain, Interpreted(config, device, model, info, attention_of(device))
+
+
+def attention_of(device: Device) -> TritonAttention:
+    return TritonAttention(device, Processors(count=2, capability=(8, 0)))
 
 
 def test_tokens_are_those_of_the_plain_runner(tmp_path: Path) -> None:
@@ -86,6 +107,121 @@ def test_log_probabilities_are_those_of_the_plain_runner(tmp_path: Path) -> None
     for one, two in zip(*answers, strict=True):
         assert one.top_ids == two.top_ids and one.rank == two.rank
         assert abs(one.logprob - two.logprob) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 5, "max_num_batched_tokens": 3},
+        {"max_model_len": 30, "num_gpu_blocks_override": 7},
+        {"max_num_seqs": 9, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 30},
+    ),
+    ids=str,
+)
+def test_limits_of_any_size(
+    tmp_path: Path, options: dict[str, int], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with more new blocks than a message holds, and nothing in what is allocated."""
+    monkeypatch.setattr(gpu_runner, "MAX_GROWTHS", 2)
+    tiny_checkpoint("llama", tmp_path, num_hidden_layers=1, vocab_size=97)
+    plain, ours = workers(tmp_path, **options)
+    wanted = soak(plain, block_size=BLOCK_SIZE, steps=15, depth=2, seed=1)
+    assert sum(map(len, wanted.values())) > 10
+    assert soak(ours, block_size=BLOCK_SIZE, steps=15, depth=2, seed=1) == wanted
+
+
+def test_as_many_steps_in_flight_as_there_are_buffers(tmp_path: Path) -> None:
+    tiny_checkpoint("llama", tmp_path, num_hidden_layers=1, vocab_size=97)
+    plain, ours = workers(tmp_path)
+    depth = gpu_runner.RING
+    wanted = soak(plain, block_size=BLOCK_SIZE, steps=12, depth=depth)
+    assert soak(ours, block_size=BLOCK_SIZE, steps=12, depth=depth) == wanted
+
+
+def test_experts_do_not_notice_what_padding_holds(
+    tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe, "blocks_for", lambda each, gated: moe.Blocks(4, 16, 16, 1, 2, 2))
+    tiny_checkpoint("mixtral", tmp_path, num_hidden_layers=1, vocab_size=97, num_local_experts=4)
+    plain, _ = workers(tmp_path)
+    monkeypatch.setattr(Device, "experts", experts_of_a_gpu)
+    _, ours = workers(tmp_path)
+    wanted = soak(plain, block_size=BLOCK_SIZE, steps=12, depth=2)
+    assert soak(ours, block_size=BLOCK_SIZE, steps=12, depth=2) == wanted
+
+
+def experts_of_a_gpu(device: Device, weights: ExpertWeights) -> moe.GpuExperts:
+    w, how = weights, {"act": weights.act, "limit": weights.limit}
+    return moe.GpuExperts.of(w.up, w.down, w.up_bias, w.down_bias, **how)
+
+
+def test_a_prompt_as_long_as_the_context(tmp_path: Path) -> None:
+    tiny_checkpoint("llama", tmp_path, num_hidden_layers=1, vocab_size=97)
+    prompt = [(7 * i) % 97 for i in range(32)]
+    join = Join(Slot(2), prompt, 32, SamplingParams(temperature=0.0), seed=1)
+    drawn = []
+    for worker in workers(tmp_path):
+        for start, count in ((0, 12), (12, 12), (24, 8)):
+            joins = [] if start else [join]
+            blocks = [BlockId(i) for i in range(start // BLOCK_SIZE, (start + count) // BLOCK_SIZE)]
+            grown = [[Slot(2)] * len(blocks), [int(block) for block in blocks], blocks]
+            step = Step(0, joins, [Slot(2)], [start], [count], [start == 24], *grown)
+            output = worker.launch(step).result()
+        drawn.append(output.token_ids)
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 1
+
+
+PARAMETERS = (
+    {"top_k": 1 << 30, "temperature": 100.0},
+    {"top_k": 98},
+    {"top_k": 1},
+    {"top_p": 0.0, "temperature": 2.0},
+    {"top_p": 1e-6, "top_k": 5},
+    {"min_p": 1.0, "temperature": 50.0},
+    {"min_p": 1.0, "top_p": 0.5, "top_k": 3, "temperature": 0.02},
+    {"temperature": 1e-5},
+    {"temperature": 9e-6},
+    {"logit_bias": {i: -100.0 for i in range(90)}, "temperature": 1.5},
+    {"logit_bias": {5: 100.0}, "temperature": 0.0},
+    {"logit_bias": {i: 100.0 - i for i in range(97)}, "min_tokens": 9, "stop_token_ids": [0, 1, 0]},
+    {"min_tokens": 2, "stop_token_ids": list(range(80)), "temperature": 1.3, "top_k": 40},
+    {"min_tokens": 9, "ignore_eos": True, "temperature": 1.0},
+    {"min_tokens": 9, "ignore_eos": True, "stop_token_ids": [3], "temperature": 0.0},
+    {"repetition_penalty": 10.0, "temperature": 0.0},
+    {"repetition_penalty": 0.01, "temperature": 0.3},
+    {"presence_penalty": 2.0, "frequency_penalty": -2.0, "temperature": 0.8, "top_p": 0.9},
+    {"presence_penalty": -2.0, "repetition_penalty": 1.7, "logit_bias": {4: 3.0}, "min_p": 0.01},
+    {"frequency_penalty": 2.0, "temperature": 0.0},
+    {},
+)
+SEEDS = (-(1 << 63), (1 << 63) - 1, -1, 0, 12345)
+
+
+def test_every_parameter_means_what_it_means_on_a_cpu(tmp_path: Path) -> None:
+    tiny_checkpoint("llama", tmp_path, num_hidden_layers=1, vocab_size=97)
+    plain, ours = workers(tmp_path)
+    for first in range(0, len(PARAMETERS), 3):
+        joins = [
+            Join(Slot(at), [first + at, 2, 2], 3, SamplingParams(**some), seed=SEEDS[first % 5])
+            for at, some in enumerate(PARAMETERS[first : first + 3])
+        ]
+        assert drawn_by(ours, joins) == drawn_by(plain, joins), PARAMETERS[first : first + 3]
+
+
+def drawn_by(worker: Worker, joins: list[Join]) -> list[list[int]]:
+    """What three sequences of three tokens draw in five steps, all launched at once; the first has
+    given up its buffers to the last and is never asked."""
+    slots = [join.slot for join in joins]
+    blocks = [BlockId(i) for i in range(6)]
+    grown = [[slot for slot in slots for _ in range(2)], [0, 1] * 3, blocks]
+    launched = [worker.launch(Step(0, joins, slots, [0] * 3, [3] * 3, [True] * 3, *grown))]
+    for at in range(3, 7):
+        step = Step(at, [], slots, [at] * 3, [1] * 3, [True] * 3, [], [], [])
+        launched.append(worker.launch(step))
+    outputs = [each.result() for each in launched[-gpu_runner.RING :]]
+    assert not any(output.bad_slots for output in outputs)
+    return [output.token_ids for output in outputs]
 
 
 def logprobs_of(worker: Worker, prompt: list[int], params: object) -> list:

@@ -95,3 +95,19 @@ def check_experts(
         got = ours.mixture(x, logits, how, on_input=on_input, residual=residual)
         assert_close(got, wanted + residual.float())
         assert not ours.counts.any()
+
+
+def check_lost_rows(spec: Moe, device: torch.device) -> None:
+    """A row that is not finite chooses experts that exist, each once; the others do not notice."""
+    correction = torch.randn(spec.experts, device=device) * 0.3 if spec.bias else None
+    how = routing(spec, correction)
+    logits = torch.randn(6, spec.experts, device=device)
+    weights, chosen = moe.route(logits, how)
+    lost = logits.clone()
+    lost[1], lost[2], lost[3] = torch.nan, torch.inf, -torch.inf
+    lost[4, spec.experts // 2] = torch.inf
+    got_weights, got = moe.route(lost, how)
+    assert bool(((got >= 0) & (got < spec.experts)).all())
+    assert all(len(set(row)) == spec.top_k for row in got.tolist())
+    for row in (0, 5):
+        assert torch.equal(got[row], chosen[row]) and torch.equal(got_weights[row], weights[row])

@@ -9,7 +9,13 @@ import torch
 
 from pagedserve.kernels import moe
 from tests.kernels.fused import Place
-from tests.kernels.mixtures import ROUTINGS, Sizes, check_experts, check_routing
+from tests.kernels.mixtures import (
+    ROUTINGS,
+    Sizes,
+    check_experts,
+    check_lost_rows,
+    check_routing,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +36,11 @@ def test_routing(name: str, tokens: int) -> None:
     check_routing(
         replace(spec, experts=spec.experts * 16, top_k=spec.top_k * 2), tokens, BFLOAT.device
     )
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_row_that_is_not_finite_chooses_experts_that_exist(name: str) -> None:
+    check_lost_rows(ROUTINGS[name], BFLOAT.device)
 
 
 @pytest.mark.parametrize("tokens", (1, 3, 20, 100, 300, 2000))

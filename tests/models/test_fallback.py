@@ -18,10 +18,9 @@ from pagedserve import LLM, SamplingParams
 from pagedserve.config import DEMO_MODEL
 from pagedserve.device import pick
 from pagedserve.errors import StartupError
-from pagedserve.models import fallback_check, fallback_load
 from pagedserve.models.architectures import supported
-from pagedserve.models.fallback import Fallback
-from pagedserve.models.fallback_attention import Mask, NotExpressible, read_mask
+from pagedserve.models.fallback import Fallback, check, load
+from pagedserve.models.fallback.attention import Mask, NotExpressible, read_mask
 from pagedserve.models.loading import LoadedModel, load_model
 from tests.checkpoints import save, tiny_checkpoint
 from tests.models.paged import PagedRun
@@ -44,7 +43,7 @@ NOT_NATIVE = (
 FORCED = ("llama", "gemma2", "gpt_oss", "youtu")  # the last one's loader clears a row
 
 
-def load(directory: Path, **options: Any) -> LoadedModel:
+def loaded(directory: Path, **options: Any) -> LoadedModel:
     return load_model(directory, device=pick("cpu"), model_impl="transformers", **options)
 
 
@@ -52,7 +51,7 @@ def load(directory: Path, **options: Any) -> LoadedModel:
 def test_logits_over_the_paged_cache_equal_the_class_s_own(family: str, tmp_path: Path) -> None:
     own = random_model(family, FIXES.get(family, ({},))[0])
     save(own, tmp_path)
-    model = load(tmp_path)
+    model = loaded(tmp_path)
     assert isinstance(model.decoder, Fallback)
     sequences = random_sequences(own)
     run = PagedRun(model, block_size=5)
@@ -88,7 +87,7 @@ def test_a_class_that_cannot_is_refused_before_its_weights_are_read(
     config_alone(family, tmp_path, **({"is_decoder": False} if family == "electra" else {}))
     way_out = "leave the flag out" if name in supported() else "pagedserve models"
     with pytest.raises(StartupError, match=f"{name} is not supported.*{reason}.*{way_out}"):
-        load(tmp_path)
+        loaded(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -99,7 +98,7 @@ def test_what_attention_alone_does_not_show_is_refused_by_comparison(
     # A convolution over tokens; positions that the class counts from two.
     save(random_model(family, FIXES[family][0]), tmp_path)
     with pytest.raises(StartupError, match="over the paged cache its logits differ from its own"):
-        load(tmp_path, dtype=dtype)
+        loaded(tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -109,17 +108,17 @@ def test_attention_that_is_bent_a_little_is_refused(
     bent: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_checkpoint("qwen2", tmp_path)
-    trace = fallback_load.trace
+    trace = load.trace
 
     def bending(*call: Any) -> Any:
         traced = trace(*call)
         first, *rest = traced.layers
         return dataclasses.replace(traced, layers=(dataclasses.replace(first, **bent), *rest))
 
-    monkeypatch.setattr(fallback_load, "trace_shapes", lambda *call: None)
-    monkeypatch.setattr(fallback_load, "trace", bending)
+    monkeypatch.setattr(load, "trace_shapes", lambda *call: None)
+    monkeypatch.setattr(load, "trace", bending)
     with pytest.raises(StartupError, match="over the paged cache"):
-        load(tmp_path)
+        loaded(tmp_path)
 
 
 def test_an_unknown_class_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_an_unknown_class_is_refused_with_what_to_do(tmp_path: Path) -> None:
 def test_auto_takes_the_native_family_where_there_is_one(tmp_path: Path) -> None:
     tiny_checkpoint("llama", tmp_path)
     assert not isinstance(load_model(tmp_path, device=pick("cpu")).decoder, Fallback)
-    assert isinstance(load(tmp_path).decoder, Fallback)
+    assert isinstance(loaded(tmp_path).decoder, Fallback)
 
 
 def test_every_tensor_of_the_checkpoint_is_accounted_for(tmp_path: Path) -> None:
@@ -143,24 +142,24 @@ def test_every_tensor_of_the_checkpoint_is_accounted_for(tmp_path: Path) -> None
     gone = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(StartupError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj"):
-        load(tmp_path)
+        loaded(tmp_path)
     tensors |= {
         "model.layers.1.mlp.up_proj.weight": gone,
         "model.layers.1.extra.weight": gone.clone(),
     }
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(StartupError, match=r"holds 1 tensors .*layers\.1\.extra"):
-        load(tmp_path)
+        loaded(tmp_path)
     tensors.pop("model.layers.1.extra.weight")
     tensors["model.layers.1.mlp.up_proj.weight"] = gone[:-1].contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(StartupError, match=r"holds 1 tensors of other shapes .*up_proj"):
-        load(tmp_path)
+        loaded(tmp_path)
 
 
 def test_dummy_weights_need_a_config_only_and_come_from_the_seed(tmp_path: Path) -> None:
     config_alone("afmoe", tmp_path)
-    models = [load(tmp_path, load_format="dummy", seed=seed).decoder for seed in (1, 1, 2)]
+    models = [loaded(tmp_path, load_format="dummy", seed=seed).decoder for seed in (1, 1, 2)]
     weights = [list(model.model.parameters()) for model in models if isinstance(model, Fallback)]
     first, again, other = weights
     assert all(float(each.abs().max()) <= 1e-3 for each in first)
@@ -172,7 +171,7 @@ def test_dummy_weights_need_a_config_only_and_come_from_the_seed(tmp_path: Path)
 def test_in_sixteen_bits_it_passes_its_own_comparison(tmp_path: Path) -> None:
     own = random_model("afmoe", {})
     save(own, tmp_path)
-    model = load(tmp_path, dtype="bfloat16")
+    model = loaded(tmp_path, dtype="bfloat16")
     (tokens, _) = random_sequences(own)
     run = PagedRun(model, block_size=16, kv_dtype=torch.bfloat16)
     (got,) = run.prefill_and_decode([tokens], 24, decode_from=[30])
@@ -189,9 +188,9 @@ def test_a_rope_that_depends_on_the_batch_ends_where_it_would(kind: str, tmp_pat
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     tiny_checkpoint("llama", tmp_path, rope_parameters=rope, max_position_embeddings=256)
-    assert load(tmp_path).max_model_len == 64
+    assert loaded(tmp_path).max_model_len == 64
     with pytest.raises(StartupError, match="max_model_len is 100, but the model's positions end"):
-        load(tmp_path, context=100)
+        loaded(tmp_path, context=100)
 
 
 def causal(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -236,11 +235,9 @@ def test_a_model_that_changes_its_mask_is_found_out() -> None:
 
 
 def test_the_comparison_takes_all_tokens_in_steps_of_every_kind() -> None:
-    for length, counts in zip(
-        fallback_check.LENGTHS, zip(*fallback_check.STEPS, strict=True), strict=True
-    ):
+    for length, counts in zip(check.LENGTHS, zip(*check.STEPS, strict=True), strict=True):
         assert sum(counts) == length
-    kinds = {tuple(sorted(min(count, 2) for count in step)) for step in fallback_check.STEPS}
+    kinds = {tuple(sorted(min(count, 2) for count in step)) for step in check.STEPS}
     assert kinds >= {(2, 2), (1, 1), (0, 1), (0, 2)}  # chunks, single tokens, both alone
 
 

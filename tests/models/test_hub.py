@@ -21,9 +21,10 @@ import pytest
 from huggingface_hub import constants
 
 from pagedserve.errors import StartupError
-from pagedserve.models import fetch, hub
+from pagedserve.models import hub
 from pagedserve.models.convert import convert
-from pagedserve.models.progress import Progress
+from pagedserve.models.hub import fetch
+from pagedserve.models.hub.progress import Progress
 from tests.models.fake_hub import FakeHub, etag
 
 NAME = "someone/model"
@@ -453,7 +454,7 @@ def test_progress_tells_files_bytes_and_the_time_left(server: FakeHub) -> None:
 
 def test_the_api_process_can_import_it_without_torch() -> None:
     code = (
-        "import sys, pagedserve.models.hub, pagedserve.models.download, pagedserve.spec;"
+        "import sys, pagedserve.models.hub, pagedserve.models.hub.download, pagedserve.spec;"
         "assert 'torch' not in sys.modules and 'huggingface_hub' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

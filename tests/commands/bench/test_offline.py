@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,7 @@ def test_an_engine_that_dies_fails_what_was_under_way(
     def kill_later(client: EngineClient, timeout: float | None = 0.0) -> None:
         polls.append(client.num_live)
         if polls.count(3) == 5:
-            client._process.kill()
+            os.kill(client.pid, signal.SIGKILL)
         poll(client, timeout)
 
     monkeypatch.setattr(EngineClient, "poll", kill_later)

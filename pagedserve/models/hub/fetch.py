@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pagedserve.errors import StartupError
-from pagedserve.models.progress import Progress, part, size
+from pagedserve.models.hub.progress import Progress, part, size
 
 FILES_AT_ONCE = 4
 CHUNK_BYTES = 1 << 20

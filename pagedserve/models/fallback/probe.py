@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from pagedserve.models.fallback_attention import NotExpressible, NumbersNeeded, Recorder
+from pagedserve.models.fallback.attention import NotExpressible, NumbersNeeded, Recorder
 from pagedserve.spec import Attn
 
 TOKENS = 5  # of the probe: prime, so that it cannot be taken for another size

@@ -25,10 +25,10 @@ from pagedserve.device import Device
 from pagedserve.errors import StartupError, shorten
 from pagedserve.models.architectures.registry import ARCHITECTURES
 from pagedserve.models.fallback import Fallback, FallbackSpec
-from pagedserve.models.fallback_attention import PAGED, PROBE, NotExpressible, register
-from pagedserve.models.fallback_check import check
-from pagedserve.models.fallback_probe import Traced, trace, trace_shapes
-from pagedserve.models.filenames import listing
+from pagedserve.models.fallback.attention import PAGED, PROBE, NotExpressible, register
+from pagedserve.models.fallback.check import check
+from pagedserve.models.fallback.probe import Traced, trace, trace_shapes
+from pagedserve.models.hub.filenames import listing
 from pagedserve.models.shards import Stored, stored_tensors
 from pagedserve.models.weights import DUMMY_RANGE
 

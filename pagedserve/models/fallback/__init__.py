@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pagedserve.attention.base import AttentionBackend, Plan
 from pagedserve.attention.batch import Batch
-from pagedserve.models.fallback_attention import PagedCalls
-from pagedserve.models.fallback_probe import Traced, body
+from pagedserve.models.fallback.attention import PagedCalls
+from pagedserve.models.fallback.probe import Traced, body
 from pagedserve.spec import Attn, Layer, Mlp
 
 

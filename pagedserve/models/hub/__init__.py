@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pagedserve.errors import StartupError
-from pagedserve.models.filenames import INDEX, SINGLE, TOKENIZER, lacking, listing, matches
+from pagedserve.models.hub.filenames import INDEX, SINGLE, TOKENIZER, lacking, listing, matches
 
 if TYPE_CHECKING:
-    from pagedserve.models.download import Repo
+    from pagedserve.models.hub.download import Repo
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 BRANCH = "main"
@@ -110,7 +110,7 @@ def repo(model: str) -> Repo:
         raise StartupError(f"there is no directory {model}")
     from huggingface_hub import constants
 
-    from pagedserve.models.download import Repo
+    from pagedserve.models.hub.download import Repo
 
     return Repo(model, constants.ENDPOINT, Path(constants.HF_HUB_CACHE).expanduser())
 
@@ -143,8 +143,8 @@ def not_cached(found: Repo, revision: str | None, lacks: Sequence[str] = ()) -> 
 
 def fetched(found: Repo, revision: str | None, on_progress: Tell, **options: bool) -> Path:
     """Download, with `download`'s options, and explain what went wrong."""
-    from pagedserve.models.download import download
-    from pagedserve.models.fetch import client_error
+    from pagedserve.models.hub.download import download
+    from pagedserve.models.hub.fetch import client_error
 
     def tell(detail: str) -> None:
         on_progress(f"downloading {found.name}", detail)

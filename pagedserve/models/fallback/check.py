@@ -18,7 +18,7 @@ from pagedserve.attention.base import AttentionBackend
 from pagedserve.attention.batch import Batch
 from pagedserve.device import Device
 from pagedserve.models.fallback import Fallback
-from pagedserve.models.fallback_attention import PAGED, NotExpressible
+from pagedserve.models.fallback.attention import PAGED, NotExpressible
 
 LENGTHS = (37, 21)
 # Tokens of each sequence in each step: chunks beside chunks, single tokens beside each other and

@@ -18,8 +18,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pagedserve.errors import StartupError
-from pagedserve.models.fetch import SILENCE_SECONDS, Fetch, fetch_all
-from pagedserve.models.filenames import (
+from pagedserve.models.hub.fetch import SILENCE_SECONDS, Fetch, fetch_all
+from pagedserve.models.hub.filenames import (
     INDEX,
     PICKLE_INDEX,
     SINGLE,
@@ -28,7 +28,7 @@ from pagedserve.models.filenames import (
     pickled,
     weight_map,
 )
-from pagedserve.models.progress import Progress, size
+from pagedserve.models.hub.progress import Progress, size
 
 HEADROOM_BYTES = 64 << 20  # of the disk that stay free
 COMMIT = re.compile(r"[0-9a-f]{40}")
