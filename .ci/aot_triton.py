@@ -5,8 +5,8 @@
 A kernel's variants are the list `AOT` of its module in pagedserve/kernels (see `aot.Variant`). Each
 is compiled for every capability from its oldest on, and ptxas's result is read with the cuobjdump
 that Triton brings: registers, stack bytes (what spilled), shared memory, instructions. Exits 1
-where a variant spills more than it says, asks for more shared memory than that GPU gives a block, or lacks an
-instruction that it was written for. --out keeps cubins and PTX.
+where a variant spills more than it says, asks for more shared memory than that GPU gives a block,
+or lacks an instruction that it was written for. --out keeps cubins and PTX.
 """
 
 from __future__ import annotations
