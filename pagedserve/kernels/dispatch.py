@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pagedserve.kernels.capability import has_small_memory
+
 log = logging.getLogger("pagedserve")
 
 FORMAT = 1
@@ -28,7 +30,8 @@ SPLIT_ROWS = 64
 MOST_WEIGHTS = {False: {2: 64 << 20, 4: 4 << 20}, True: {2: 8 << 20, 4: 0}}
 FEW_OUTPUTS, HEAD_SIZE = 4096, 65536
 BLOCK_N, BLOCK_K = 64, 128  # of split_k
-SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of a block, by GPU
+# Of a block, by GPU.
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ def split_blocks(product: Product, processors: int, capability: int) -> SplitK:
     blocks = -(-product.size // BLOCK_N)
     waves = blocks > 2 * processors  # several programs on one, each with fewer stages
     stages = 4 if product.gated else (3 if product.rows > 32 else 4) if waves else 5
-    if capability < 90:
+    if capability < 90 or has_small_memory(capability):
         stages = 2 if product.gated else 3
     return SplitK(shares(product, processors), num_stages=stages)
 

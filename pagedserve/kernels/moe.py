@@ -25,9 +25,10 @@ from torch import Tensor
 
 from pagedserve.kernels.activation import GATED, gate_up
 from pagedserve.kernels.aot import Variant, older
+from pagedserve.kernels.capability import has_small_memory
 from pagedserve.kernels.experts import Routing
 from pagedserve.kernels.gemv import UNROLLED, inputs_at, weights_at
-from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
+from pagedserve.kernels.launch import capability, dependent, launch_dependents, power_of_2, wait
 
 MAX_EXPERTS = 1024
 COLUMNS = 1024  # of one program of `combine`
@@ -366,15 +367,15 @@ def by_itself(tokens: int, top_k: int, experts: int) -> bool:
     return tokens == 1 or tokens * top_k <= min(32, experts // 4)
 
 
-def blocks_for(tokens_each: float, gated: bool) -> Blocks:
-    """By how many tokens an expert has on average."""
+def blocks_for(tokens_each: float, gated: bool, small: bool = False) -> Blocks:
+    """By how many tokens an expert has on average. small: `has_small_memory`."""
     if tokens_each <= 16:
         return Blocks(16, 64, 128, 4, 3 if gated else 4, 1)
     if tokens_each <= 32:
         return Blocks(32, 64, 128, 4, 3 if gated else 4, 1)
     if tokens_each <= 96:
-        return Blocks(64, 128, 64, 4, 4, 16)
-    return Blocks(128, 128, 64, 8, 4, 16)
+        return Blocks(64, 128, 64, 4, 3 if gated and small else 4, 16)
+    return Blocks(128, 128, 64, 8, 3 if gated and small else 4, 16)
 
 
 def route(
@@ -540,7 +541,8 @@ class GpuExperts:
         experts, tokens = buckets.shape
         size, columns = w.shape[1] // 2 if gated else w.shape[1], w.shape[2]
         choices = tokens * k
-        shape = blocks_for(choices / experts, gated)
+        small = x.is_cuda and has_small_memory(capability(x.device.index))
+        shape = blocks_for(choices / experts, gated, small)
         most = min(experts, choices) + choices // shape.rows
         y = torch.empty((choices, size), dtype=x.dtype, device=x.device)
         x = x if x.stride(1) == 1 else x.contiguous()
@@ -703,13 +705,20 @@ def route_variant(experts: int, routing: Routing, *, corrected: bool = False) ->
 
 
 def grouped_variant(
-    tokens_each: int, *, gated: bool, bias: bool = False, even: bool = True, experts: int = 128
+    tokens_each: int,
+    *,
+    gated: bool,
+    bias: bool = False,
+    even: bool = True,
+    experts: int = 128,
+    small: bool = False,
 ) -> Variant:
     """Of `grouped_kernel`."""
-    shape = blocks_for(tokens_each, gated)
+    shape = blocks_for(tokens_each, gated, small)
     ints = ("tokens", "blocks", "N", "K", "experts", "x_stride")
     return Variant(
         f"grouped {shape.rows} rows{', gated' if gated else ''}{', bias' if bias else ''}"
+        + (", little memory" if small else "")
         + ("" if even else ", odd"),
         grouped_kernel,
         {
@@ -809,3 +818,4 @@ AOT = [
     ),
 ]
 AOT += [older(AOT[0]), older(grouped_variant(8, gated=False)), older(AOT[-1])]
+AOT += [older(grouped_variant(n, gated=True, small=True)) for n in (8, 32, 64, 500)]

@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedserve.kernels.aot import Variant
+from pagedserve.kernels.capability import has_small_memory
 from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
 from pagedserve.kernels.paged_scores import LOG2E, MASKED, first_seen, in_base_2, with_sink
 
@@ -404,8 +405,8 @@ def tune(shape: Shape, processors: int, capability: tuple[int, int]) -> Tuning:
     big = shape.width_pad * shape.itemsize  # bytes of a value
     tokens, each, num_stages = 128, 2, 3
     tile = 128 if big <= 256 else 64 if big <= 512 else 32
-    if capability in ((8, 6), (8, 9)) or shape.block_h > 16:
-        tile = max(16, tile // 2)  # 99 KiB of shared memory; registers
+    if has_small_memory(10 * capability[0] + capability[1]) or shape.block_h > 16:
+        tile = max(16, tile // 2)  # shared memory; registers
     if shape.itemsize == 4:
         tile = 16  # no tensor core multiplies float32 exactly: registers hold all of it
     num_warps = 4

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedserve.kernels.aot import Variant
+from pagedserve.kernels.capability import has_small_memory
 from pagedserve.kernels.launch import dependent, launch_dependents, wait
 from pagedserve.kernels.paged_decode import Shape
 from pagedserve.kernels.paged_scores import LOG2E, MASKED, first_seen, in_base_2, with_sink
@@ -355,7 +356,8 @@ def tune(shape: Shape, processors: int, capability: tuple[int, int]) -> Tuning:
     big = shape.width_pad * shape.itemsize  # bytes of a value
     if shape.itemsize == 4:
         return Tuning(32, 16, processors * 2, 4, 2)
-    hopper, small = capability >= (9, 0), capability in ((8, 6), (8, 9))  # 99 KiB shared
+    small = has_small_memory(10 * capability[0] + capability[1])
+    hopper = capability >= (9, 0) and not small
     if shape.latent:
         return Tuning(64, 32 if hopper else 16, processors, 8, 2)
     if big > 256:

@@ -34,6 +34,6 @@ def test_a_row_that_is_not_finite_chooses_experts_that_exist(name: str) -> None:
 @pytest.mark.parametrize("alone", (True, False))
 def test_experts(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe, "by_itself", lambda tokens, top_k, experts: alone)
-    monkeypatch.setattr(moe, "blocks_for", lambda each, gated: moe.Blocks(2, 8, 16, 1, 2, 2))
+    monkeypatch.setattr(moe, "blocks_for", lambda *_: moe.Blocks(2, 8, 16, 1, 2, 2))
     check_experts(HERE, Sizes(4, 5, 2, 9, 20))
     check_experts(HERE, Sizes(3, 4, 3, 8, 16), act="clamped_silu", bias=True, on_input=True)

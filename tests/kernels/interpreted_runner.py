@@ -142,7 +142,7 @@ def test_as_many_steps_in_flight_as_there_are_buffers(tmp_path: Path) -> None:
 def test_experts_do_not_notice_what_padding_holds(
     tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moe, "blocks_for", lambda each, gated: moe.Blocks(4, 16, 16, 1, 2, 2))
+    monkeypatch.setattr(moe, "blocks_for", lambda *_: moe.Blocks(4, 16, 16, 1, 2, 2))
     tiny_checkpoint("mixtral", tmp_path, num_hidden_layers=1, vocab_size=97, num_local_experts=4)
     plain, _ = workers(tmp_path)
     monkeypatch.setattr(Cpu, "experts", experts_of_a_gpu)

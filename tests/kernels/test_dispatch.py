@@ -42,7 +42,7 @@ def test_shares_fill_the_gpu_and_leave_each_four_steps() -> None:
     assert dispatch.shares(Product(8, 100000, 4096), 132) == 1
 
 
-@pytest.mark.parametrize(("capability", "shared"), ((80, 99), (90, 227)))
+@pytest.mark.parametrize(("capability", "shared"), ((80, 99), (90, 227), (120, 99)))
 @pytest.mark.parametrize("size", (1000, 100000))
 @pytest.mark.parametrize("gated", (False, True))
 def test_stages_fit_into_the_shared_memory_of_a_block(
@@ -60,7 +60,7 @@ def test_stages_fit_into_the_shared_memory_of_a_block(
 
 def test_candidates_of_tuning_fit_the_gpu_and_hold_the_library() -> None:
     for rows, gated in itertools.product((1, 2, 16, 64), (False, True)):
-        for capability, shared in ((86, 99), (90, 227)):
+        for capability, shared in ((86, 99), (90, 227), (120, 99)):
             product = Product(rows, 3072, 1024, gated)
             found = tuning.candidates(product, Table(132, capability))
             assert Library() in found and len(found) > 2
