@@ -8,11 +8,12 @@ free memory (now, weights loaded)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pagedserve.config import CacheConfig
 from pagedserve.errors import StartupError
 from pagedserve.spec import Attn, Layer, Mla, Mlp, ModelShape, Moe
+from pagedserve.worker.prompt_logprobs import LOGITS_ROWS
 
 CPU_CACHE_SHARE = 0.25  # of the memory that is free: the machine is rarely ours alone
 CPU_CACHE_BYTES = 4 << 30
@@ -44,10 +45,16 @@ def workspace_bytes(spec: ModelShape, limits: Limits, itemsize: int) -> int:
 
 def gpu_bytes(spec: ModelShape, limits: Limits, itemsize: int, block_size: int) -> int:
     """The same on a GPU, whose steps run op by op and as graphs, each with memory of its own, and
-    which keeps every sequence's tokens (int64) and block table (int32, twice) in permanent rows."""
+    which keeps every sequence's tokens (int64) and block table (int32, twice) in permanent rows.
+
+    Log-probabilities of a prompt are taken op by op, of LOGITS_ROWS tokens at a time however few
+    sequences there are. On a CPU its share of what is free leaves room for them.
+    """
     length = limits.max_model_len + 1
     row = length * 8 + -(-length // block_size) * 4 * 2
-    return 2 * workspace_bytes(spec, limits, itemsize) + (limits.max_num_seqs + 1) * row
+    prompts = replace(limits, max_num_seqs=max(limits.max_num_seqs, LOGITS_ROWS))
+    steps = sum(workspace_bytes(spec, each, itemsize) for each in (limits, prompts))
+    return steps + (limits.max_num_seqs + 1) * row
 
 
 def width(layer: Layer, hidden_size: int) -> int:

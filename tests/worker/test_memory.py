@@ -6,6 +6,7 @@ from pagedserve.config import CacheConfig
 from pagedserve.errors import StartupError
 from pagedserve.spec import Attn, DecoderSpec, Layer, Mlp, Norm
 from pagedserve.worker.memory import Limits, gpu_bytes, plan_blocks, workspace_bytes
+from pagedserve.worker.prompt_logprobs import LOGITS_ROWS
 
 GIB = 1 << 30
 LIMITS = Limits(max_num_seqs=4, max_num_batched_tokens=512, max_model_len=1000)
@@ -58,4 +59,8 @@ def test_a_gpu_also_holds_graphs_and_permanent_rows() -> None:
     layer = Layer(Attn(4, 2, 8, 1.0), Mlp(64))
     spec = DecoderSpec(32, 100, 1000, (layer,), Norm(), {})
     rows = 5 * (1001 * 8 + 63 * 4 * 2)  # four sequences and the scratch slot
-    assert gpu_bytes(spec, LIMITS, 2, 16) == 2 * workspace_bytes(spec, LIMITS, 2) + rows
+    logits = (LOGITS_ROWS - 4) * 100 * 4 * 6  # of a prompt's tokens, more than there are sequences
+    assert gpu_bytes(spec, LIMITS, 2, 16) == 2 * workspace_bytes(spec, LIMITS, 2) + logits + rows
+    many = Limits(LOGITS_ROWS + 1, 512, 1000)
+    rows = (LOGITS_ROWS + 2) * (1001 * 8 + 63 * 4 * 2)
+    assert gpu_bytes(spec, many, 2, 16) == 2 * workspace_bytes(spec, many, 2) + rows
