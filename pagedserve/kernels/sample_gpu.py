@@ -256,6 +256,8 @@ def draw_by_search(
 ):
     """The token, by exact thresholds over the whole row. top_k: vocab where there is none."""
     inverse = tl.div_rn(1.0, temperature)
+    # A product may be rounded below the quotient too: with a min-p of 1 even the highest.
+    floor = tl.minimum(floor, highest - 5e-7 * tl.abs(highest))
     bound = tl.zeros([], tl.int64) - 0x7F800000  # key of the lowest finite number
     top = ordered(highest).to(tl.int64) + 4  # a product may be rounded above the quotient
     if top_k < vocab:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagedserve.kernels import logprobs_gpu, sample_gpu
+from pagedserve.kernels import logprobs_gpu, sample, sample_gpu
+from pagedserve.kernels.sample_gpu import SamplerRows, SamplerScratch
 from tests.kernels.sampling import check_logprobs, check_sampling
 
 # The interpreter is numpy, which warns of infinities.
@@ -34,6 +35,20 @@ def test_the_tokens_of_a_sort(vocab: int, spread: float) -> None:
 
 def test_ties_go_to_the_lower_token() -> None:
     assert check_sampling(CPU, 200, spread=1.0, dtype=torch.bfloat16, processed=False) == 0
+
+
+def test_the_highest_is_drawn_from_where_min_p_leaves_nothing_else() -> None:
+    """Of more equal logits than are gathered: products with 1 / temperature lie below quotients."""
+    rows = SamplerRows.on(torch.zeros(2, 9, dtype=torch.int64), biases=1, bans=1)
+    scratch = SamplerScratch.on(CPU, 2, 130)
+    places = torch.tensor([5, 6])
+    for temperature, logit in ((0.3, -3.3), (1.1, 0.1), (0.7, 1.7), (1.3, 5.7)):
+        rows.numbers[:, :3] = torch.tensor([temperature, 1.0, 1.0])
+        logits = torch.full((2, 130), logit)
+        needs = sample_gpu.Needs(processed=False)
+        drawn, _ = sample_gpu.sample(logits, torch.tensor([0, 1]), places, rows, scratch, needs)
+        wanted = sample.race(logits / temperature, rows.seeds[:2], places)
+        assert drawn.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("masked", (False, True))
