@@ -30,6 +30,7 @@ from pagedserve.worker.gpu_sampler import GpuSampler
 
 log = logging.getLogger("pagedserve")
 
+MAX_GRAPHS = 400  # the driver keeps some of every graph in memory that no plan counts
 SEEN_BEFORE_CAPTURE = 1  # runs of a stage before it is worth a graph; the first also warms it up
 
 
@@ -87,6 +88,16 @@ class Stages:
     eager: bool
     known: dict[tuple[Size, Needs], Stage] = field(default_factory=dict)
     pool: Any = None  # what torch calls a handle
+    num_graphs: int = 0
+
+    def worth_a_graph(self, stage: Stage) -> bool:
+        """Whether the stage's next run is to be captured."""
+        return (
+            not self.eager
+            and stage.runs >= SEEN_BEFORE_CAPTURE
+            and self.num_graphs < MAX_GRAPHS
+            and self.decoder.capturable
+        )
 
     def run(self, size: Size, needs: Needs) -> None:
         """Enqueue a step whose message is in `memory.message`."""
@@ -95,7 +106,7 @@ class Stages:
             stage = self.known[size, needs] = Stage(size, needs)
         if stage.graph is not None:
             stage.graph.replay()
-        elif not self.eager and stage.runs >= SEEN_BEFORE_CAPTURE and self.decoder.capturable:
+        elif self.worth_a_graph(stage):
             self.capture_or_compute(stage)
         else:
             stage.runs += 1
@@ -110,6 +121,7 @@ class Stages:
         stream = torch.cuda.current_stream()
         try:
             stage.graph = self.capture(stage)
+            self.num_graphs += 1
         # No memory, or something that may not be captured.
         except RuntimeError as error:
             # A capture that fails leaves its own stream as the current one.

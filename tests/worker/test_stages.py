@@ -81,3 +81,14 @@ def test_a_step_whose_graph_cannot_be_made_runs_op_by_op_and_so_do_all_later_one
     assert streams[-1] == "of the steps"
     [line] = caplog.messages
     assert "7 MiB free" in line and "Size(rows=2, tokens=16, mixed=True)" in line
+
+
+def test_there_are_only_so_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedserve.worker.stages.MAX_GRAPHS", 1)
+    stages = Watched()
+    for _ in range(2):
+        stages.run(SMALL, NEEDS)
+    stages.done.clear()
+    for size in (LARGE, LARGE, LARGE, SMALL):
+        stages.run(size, NEEDS)
+    assert stages.done == [*[("compute", LARGE)] * 3, ("replay", SMALL)]
