@@ -373,9 +373,11 @@ def blocks_for(tokens_each: float, gated: bool, small: bool = False) -> Blocks:
         return Blocks(16, 64, 128, 4, 3 if gated else 4, 1)
     if tokens_each <= 32:
         return Blocks(32, 64, 128, 4, 3 if gated else 4, 1)
+    if gated and small:  # wider ones fit no more than two stages, or spill
+        return Blocks(64, 64, 64, 4, 3, 16)
     if tokens_each <= 96:
-        return Blocks(64, 128, 64, 4, 3 if gated and small else 4, 16)
-    return Blocks(128, 128, 64, 8, 3 if gated and small else 4, 16)
+        return Blocks(64, 128, 64, 4, 4, 16)
+    return Blocks(128, 128, 64, 8, 4, 16)
 
 
 def route(
@@ -818,4 +820,4 @@ AOT = [
     ),
 ]
 AOT += [older(AOT[0]), older(grouped_variant(8, gated=False)), older(AOT[-1])]
-AOT += [older(grouped_variant(n, gated=True, small=True)) for n in (8, 32, 64, 500)]
+AOT += [older(grouped_variant(n, gated=True, small=True)) for n in (8, 32, 64)]
