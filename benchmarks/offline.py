@@ -13,10 +13,9 @@ warm-up that is reported too. Flags of `pagedserve serve` go behind `--`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,13 +23,13 @@ from typing import Any
 
 import workload
 
+from pagedserve.api import checkpoint
+from pagedserve.commands.bench import machine
+from pagedserve.commands.bench.figures import Outcome
+from pagedserve.commands.bench.offline import answer, engine, settled, tell
 from pagedserve.commands.bench.roofline import ITEM_BYTES, Roofline, chip_named, read_spec
 from pagedserve.config import Config, add_flags
-from pagedserve.engine.channel import Finish
 from pagedserve.engine.client import EngineClient
-from pagedserve.request import Request, SamplingParams
-from pagedserve.step import TokenLogprobs
-from pagedserve.version import __version__
 
 SHAPES = Path(__file__).parent / "shapes"
 PEER = {  # vLLM 0.26 on one H200, benchmarks/RESULTS.md says how
@@ -46,27 +45,6 @@ PEER = {  # vLLM 0.26 on one H200, benchmarks/RESULTS.md says how
 }  # fmt: skip
 
 
-class Times:
-    """When each token of a sequence came."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-        self.ended = False
-
-    def started(self, cached_tokens: int) -> None:
-        pass
-
-    def prompt_logprobs(self, entries: list[TokenLogprobs]) -> None:
-        pass
-
-    def token(self, token_id: int, logprobs: TokenLogprobs | None, finish: Finish | None) -> None:
-        self.at.append(time.perf_counter())
-        self.ended = finish is not None
-
-    def failed(self, error: Exception) -> None:
-        raise error
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workloads", nargs="+", metavar="A|B<n>|C<n>")
@@ -80,37 +58,31 @@ def main() -> None:
     add_flags(flags, groups=("model", "cache", "scheduler"))
     options = {"load_format": "dummy", "skip_tokenizer_init": True} | vars(flags.parse_args(rest))
     options["model"] = str(SHAPES / args.shape)
+    config = Config.from_options(options)
     began = time.perf_counter()
-    client = start(options)
-    facts = {"shape": args.shape, "ready_s": round(time.perf_counter() - began, 2), **machine()}
-    facts["flags"] = " ".join(rest)
-    assert client.ready is not None
-    facts["num_blocks"] = client.ready.num_blocks
-    facts["seed"] = options.get("seed", 0)
-    spec, chip = read_spec(SHAPES / args.shape), chip_named(client.ready.device)
-    roof = Roofline(spec, chip, ITEM_BYTES[client.ready.dtype]) if spec and chip else None
-    for name in args.workloads:
-        for repetition in range(args.repetitions):
+    with engine(config, checkpoint.load(config.model, tell)) as client:
+        ready = settled(client)
+        facts = {
+            "shape": args.shape,
+            "ready_s": round(time.perf_counter() - began, 2),
+            "gpu": ready.device,
+            **machine.versions(),
+            "flags": " ".join(rest),
+            "num_blocks": ready.num_blocks,
+            "seed": config.model.seed,
+        }
+        spec, chip = read_spec(SHAPES / args.shape), chip_named(ready.device)
+        roof = Roofline(spec, chip, ITEM_BYTES[ready.dtype]) if spec and chip else None
+        for name, repetition in itertools.product(args.workloads, range(args.repetitions)):
             found = measure(client, name, repetition)
             peer = PEER.get((args.shape, name))
             if peer is not None:
                 value = found["value"]
                 found["times_vllm"] = round(value / peer if name == "A" else peer / value, 3)
             if roof is not None:
-                fraction = roofline_fraction(roof, name, found["value"], client.ready.max_num_seqs)
+                fraction = roofline_fraction(roof, name, found["value"], ready.max_num_seqs)
                 found["roofline_fraction"] = round(fraction, 3)
             print(json.dumps({"benchmark": name, "run": repetition, **found, **facts}), flush=True)
-    client.close(10.0)
-
-
-def start(options: dict[str, Any]) -> EngineClient:
-    client = EngineClient()
-    client.configure(Config.from_options(options).to_builtins())
-    while client.ready is None:
-        client.poll(None)
-        if client.cause_of_death is not None:
-            sys.exit(client.cause_of_death)
-    return client
 
 
 def measure(client: EngineClient, name: str, repetition: int) -> dict[str, Any]:
@@ -132,9 +104,8 @@ def measure(client: EngineClient, name: str, repetition: int) -> dict[str, Any]:
         return {"value": round(1e3 * statistics.median(gaps), 3), "unit": "ms between tokens"}
     spans = []
     for extra in range(3):
-        began = time.perf_counter()
         (one,) = run(client, [(workload.prefill(number, 3 * repetition + extra), 1)])
-        spans.append(one.at[0] - began)
+        spans.append(one.at[0] - one.began)
     return {"value": round(1e3 * statistics.median(spans), 2), "unit": "ms to the token"}
 
 
@@ -150,38 +121,13 @@ def roofline_fraction(roof: Roofline, name: str, value: float, max_rows: int) ->
     return 1e3 * roof.prefill_seconds(number) / value
 
 
-def run(client: EngineClient, work: list[tuple[list[int], int]]) -> list[Times]:
+def run(client: EngineClient, work: list[tuple[list[int], int]]) -> list[Outcome]:
     """All at once, to the end."""
-    now = time.monotonic()
-    requests = []
-    for prompt, length in work:
-        params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-        requests.append(Request(client.next_id(), prompt, params, 0, 0, now))
-    sinks = [Times() for _ in requests]
-    client.submit(requests, sinks)
-    left = list(sinks)
-    while left:
-        client.poll(None)
-        if client.cause_of_death is not None:
-            sys.exit(client.cause_of_death)
-        left = [sink for sink in left if not sink.ended]
-    return sinks
-
-
-def machine() -> dict[str, str]:
-    """Where this runs. In another process: this one must not touch the GPU."""
-    code = (
-        "import json, torch, importlib.util as u;"
-        "g = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu';"
-        "t = __import__('triton').__version__ if u.find_spec('triton') else None;"
-        "print(json.dumps({'gpu': g, 'torch': torch.__version__, 'triton': t}))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return {
-        **json.loads(found.stdout),
-        "python": platform.python_version(),
-        "pagedserve": __version__,
-    }
+    outcomes = answer(client, work)
+    for one in outcomes:
+        if one.error:
+            sys.exit(one.error)
+    return outcomes
 
 
 if __name__ == "__main__":

@@ -150,11 +150,6 @@ def gemv_kernel(
     tl.store(y + m * N + n, result.to(y.dtype.element_ty), mask=inside)
 
 
-def warps_for(block_k: int, element_size: int) -> int:
-    """So many that one row of a block gives each thread 16 bytes: then no layout changes."""
-    return max(1, min(8, block_k * element_size // 512))
-
-
 def gemv(
     x: Tensor,
     weight: Tensor,
