@@ -308,6 +308,20 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagedserve"
 
 
+def kernel_directories() -> tuple[Path, ...]:
+    """Where compiled C++ and CUDA kernels may lie: PAGEDSERVE_KERNELS_DIR, then the cache.
+
+    What is compiled by a start goes into the last.
+    """
+    ahead = os.environ.get("PAGEDSERVE_KERNELS_DIR")
+    return (*([Path(ahead)] if ahead else []), cache_directory() / "kernels")
+
+
 def cpu_kernels_wanted() -> bool:
     """False where PAGEDSERVE_CPU_KERNELS is "off": torch's ops instead of ours, to compare them."""
     return os.environ.get("PAGEDSERVE_CPU_KERNELS") != "off"
+
+
+def cuda_kernels_wanted() -> bool:
+    """False where PAGEDSERVE_CUDA_KERNELS is "off": Triton's instead of CUDA C++."""
+    return os.environ.get("PAGEDSERVE_CUDA_KERNELS") != "off"
