@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pagedserve.api.keys import Keys
 from pagedserve.config import Config, ServerConfig, api_key_from_environment
+from pagedserve.engine import phases
 from pagedserve.engine.client import EngineClient
 from pagedserve.engine.watch import Recovery
 from pagedserve.errors import PagedServeError, StartupError
@@ -111,6 +112,8 @@ class Life:
             f"{engine.dtype} on {engine.device}, context "
             f"{engine.max_model_len}, {engine.num_blocks} KV blocks of {engine.block_size} tokens",
         )
+        if took := phases.said(self._client.start_phases):
+            self._say(f"{'':10} engine: {took}")
         assert service.text is not None
         for line in service.text.lines():
             self._say(f"{'':10} {line}")

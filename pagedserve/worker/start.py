@@ -49,6 +49,7 @@ class Worker(Protocol):
 
 def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
     """Load the model, settle limits against memory, allocate. Raises StartupError."""
+    on_progress("start the device", config.model.device)
     device = pick(config.model.device)
     device.prepare()
     on_progress("load weights", f"{device.name}, {config.model.load_format}")
