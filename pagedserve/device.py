@@ -5,6 +5,7 @@ The one room that asks which hardware there is. Everything above holds a `Device
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +64,17 @@ class Device(Protocol):
         """Free and total bytes now."""
         ...
 
+    def recover(self) -> None:
+        """After work that broke off: wait for what was launched, and be ready for more.
+
+        Raises what the device says where it computes no more.
+        """
+        ...
+
+    def give_back(self) -> None:
+        """Let others have the memory that is not used."""
+        ...
+
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         """The dtype that "auto" means for a checkpoint held in `checkpoint_dtype`."""
         ...
@@ -108,6 +120,12 @@ class Cpu:
             if limit is not None and usage is not None and limit < total:
                 free, total = min(free, max(limit - usage, 0)), limit
         return Memory(free, total)
+
+    def recover(self) -> None:
+        pass  # nothing is under way
+
+    def give_back(self) -> None:
+        pass  # free memory is nobody's here
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         # bfloat16 matrix products are slower than these on most CPUs, and less exact.
@@ -155,6 +173,16 @@ class Cuda:
         # What torch's allocator holds without using it is free to us.
         idle = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
         return Memory(free + idle, total)
+
+    def recover(self) -> None:
+        # An error that ends the context, such as a wild address, is raised again by every call.
+        torch.cuda.synchronize(self.torch)
+        if self.kernels is not None:
+            self.kernels.recover()
+
+    def give_back(self) -> None:
+        gc.collect()  # a frame in a cycle may hold tensors
+        torch.cuda.empty_cache()
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         return checkpoint_dtype
