@@ -330,5 +330,5 @@ def cpu_kernels_wanted() -> bool:
 
 
 def cuda_kernels_wanted() -> bool:
-    """False where PAGEDSERVE_CUDA_KERNELS is "off": Triton's instead of CUDA C++."""
-    return os.environ.get("PAGEDSERVE_CUDA_KERNELS") != "off"
+    """True where PAGEDSERVE_CUDA_KERNELS is "on": CUDA C++ instead of Triton for a few rows."""
+    return os.environ.get("PAGEDSERVE_CUDA_KERNELS") == "on"
