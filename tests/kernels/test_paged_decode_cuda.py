@@ -126,6 +126,14 @@ def test_any_cluster_gives_the_same(native: Native, tuning: Tuning) -> None:
 
 
 @pytest.mark.gpu
+def test_a_small_batch_for_the_sanitizer(native: Native) -> None:
+    """Both orders of launches: compute-sanitizer takes minutes for what the others do in seconds."""
+    case = rows_of([900, 40, 1], replace(COMMON, sinks=True))
+    for first in (True, False):
+        check(decode(native, case, first=first), case)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("block_size", (16, 32, 64, 256))
 def test_any_block_size_gives_the_same(native: Native, block_size: int) -> None:
     case = rows_of(LENGTHS, block_size=block_size)
