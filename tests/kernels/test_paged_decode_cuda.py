@@ -127,7 +127,7 @@ def test_any_cluster_gives_the_same(native: Native, tuning: Tuning) -> None:
 
 @pytest.mark.gpu
 def test_a_small_batch_for_the_sanitizer(native: Native) -> None:
-    """Both orders of launches: compute-sanitizer takes minutes for what the others do in seconds."""
+    """Both orders of launches; under compute-sanitizer the other tests would take minutes."""
     case = rows_of([900, 40, 1], replace(COMMON, sinks=True))
     for first in (True, False):
         check(decode(native, case, first=first), case)
