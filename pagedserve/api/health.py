@@ -88,11 +88,15 @@ async def health(service: Service, request: HttpRequest) -> Response:
 
 
 def phases(service: Service) -> list[dict[str, Any]]:
-    """The phases of the start, each once, with the second of the engine's life it began in."""
-    begun: dict[str, float] = {}
-    for each in service.client.phases:
-        begun.setdefault(each.phase, round(each.seconds, 3))
-    return [{"phase": phase, "seconds": seconds} for phase, seconds in begun.items()]
+    """The phases of the engine's start, each once. One that goes on has lasted None."""
+    return [
+        {
+            "phase": phase.name,
+            "seconds": round(phase.began, 3),
+            "lasted_seconds": None if phase.lasted is None else round(phase.lasted, 3),
+        }
+        for phase in service.client.start_phases
+    ]
 
 
 async def version(service: Service, request: HttpRequest) -> Response:

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from pagedserve.api.keys import Keys
 from pagedserve.config import Config, ServerConfig, api_key_from_environment
+from pagedserve.engine import phases
 from pagedserve.engine.client import EngineClient
 from pagedserve.engine.watch import Recovery
 from pagedserve.errors import PagedServeError, StartupError
+from pagedserve.limits import Limits
 
 if TYPE_CHECKING:
     import uvicorn
@@ -111,6 +113,8 @@ class Life:
             f"{engine.dtype} on {engine.device}, context "
             f"{engine.max_model_len}, {engine.num_blocks} KV blocks of {engine.block_size} tokens",
         )
+        if took := phases.said(self._client.start_phases):
+            self._say(f"{'':10} engine: {took}")
         assert service.text is not None
         for line in service.text.lines():
             self._say(f"{'':10} {line}")
@@ -200,7 +204,7 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
     """A uvicorn server that leaves signals and logging to us, and cuts readers that stall."""
     import uvicorn
 
-    from pagedserve.api.protocol import BoundedHeads
+    from pagedserve.api.protocol import bounded_heads
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -225,7 +229,7 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
     return Server(
         uvicorn.Config(
             app,
-            http=BoundedHeads,
+            http=bounded_heads(Limits.of(config.limits).head_bytes),
             log_config=None,
             access_log=config.access_log,
             lifespan="off",

@@ -38,6 +38,7 @@ from pagedserve.engine.channel import (
     Submit,
 )
 from pagedserve.engine.child import EngineProcess
+from pagedserve.engine.phases import Phase, phases_of
 from pagedserve.engine.unfinished import Entry, Sink, Unfinished
 from pagedserve.engine.watch import END_SECONDS, Recovery, Restarts, Silence
 from pagedserve.errors import PagedServeError, UnavailableError
@@ -109,6 +110,12 @@ class EngineClient:
     def pid(self) -> int:
         """Process id of the engine."""
         return self._engine.pid
+
+    @property
+    def start_phases(self) -> list[Phase]:
+        """What the present engine's start consists of, so far."""
+        end = self.ready.seconds if self.ready is not None and self._up else None
+        return phases_of(self.phases, end)
 
     @property
     def num_live(self) -> int:

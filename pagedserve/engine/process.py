@@ -70,6 +70,7 @@ def serve(channel: Channel) -> None:
     threading.Thread(target=extension.load, daemon=True).start()
     # Imported while the API process still resolves the model: the two take about as long.
     executor_class = import_executor()
+    report(channel, "read the configuration")
     config = receive_config(channel)
     if config is None:
         return

@@ -250,6 +250,9 @@ def test_the_terminal_shows_phases_and_last_a_line_to_try(start: Any) -> None:
     lines = server.output.strip().splitlines()
     assert lines[0].startswith("listening on http://127.0.0.1:")
     assert any(line.endswith("s  toy phase") for line in lines)
+    assert any(line.endswith("engine: toy phase 0.1 s") for line in lines)
+    told = server.http.get("/health").json()["phases"]
+    assert told == [{"phase": "toy phase", "seconds": 0.01, "lasted_seconds": 0.09}]
     shown = lines[-1].strip()
     answer = subprocess.run(shown, shell=True, capture_output=True, text=True)
     assert "chat.completion.chunk" in answer.stdout
