@@ -34,6 +34,7 @@ OF_MODULES = {  # of `pagedserve.commands`, with what their commands are for
     "bench": "measure the engine, a server or its start",
     "models": "list the architectures that can be served",
     "tune": "find the fastest kernels for a model on this GPU",
+    "build-kernels": "compile the C++ and CUDA kernels ahead",
 }
 TERMINAL_DEFAULTS = {"max_tokens": 256, "temperature": 0.0}  # where the model has none of its own
 
@@ -104,7 +105,7 @@ class Command(argparse.ArgumentParser):
 
 def fill_from_module(name: str, command: argparse.ArgumentParser) -> None:
     """The flags of a command that has a module of its own."""
-    module = importlib.import_module(f"pagedserve.commands.{name}")
+    module = importlib.import_module(f"pagedserve.commands.{name.replace('-', '_')}")
     module.add_flags(command)
     command.set_defaults(command=module.run)
 
