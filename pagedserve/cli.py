@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pagedserve.commands import bench, convert, models, pull, tune
+from pagedserve.commands import bench, build_kernels, convert, models, pull, tune
 from pagedserve.commands.console import Console, drop_output, say, write
 from pagedserve.config import Config, add_flags
 from pagedserve.errors import PagedServeError
@@ -92,6 +92,10 @@ def parser() -> argparse.ArgumentParser:
     tune_ = commands.add_parser("tune", help="find the fastest kernels for a model on this GPU")
     tune.add_flags(tune_)
     tune_.set_defaults(command=tune.run)
+
+    build = commands.add_parser("build-kernels", help="compile the C++ and CUDA kernels ahead")
+    build_kernels.add_flags(build)
+    build.set_defaults(command=build_kernels.run)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(command=print_version)

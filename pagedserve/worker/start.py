@@ -32,6 +32,10 @@ class Worker(Protocol):
 
     info: EngineInfo
 
+    def compile_kernels(self) -> None:
+        """Have ready what steps of all usual kinds run, as far as that can be known."""
+        ...
+
     def warm_up(self) -> None:
         """Run what the first requests would otherwise wait for."""
         ...
@@ -74,6 +78,8 @@ def start(config: Config, on_progress: Tell) -> Worker:
     info = settle(config, device, model)
     on_progress("allocate KV cache", f"{info.num_blocks} blocks")
     worker = make(config, device, model, info)
+    on_progress("compile kernels", "")
+    worker.compile_kernels()
     on_progress("warm up", "")
     worker.warm_up()
     return worker
