@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pagedserve import config
-from pagedserve.attention.triton import TritonAttention, shape_of
+from pagedserve.attention.triton import Processors, TritonAttention, shape_of
 from pagedserve.device import pick
 from pagedserve.kernels import extension, kv_write, paged_decode_cuda
 from pagedserve.kernels.paged_decode import Shape
@@ -258,6 +259,25 @@ def test_what_it_cannot_do_is_said() -> None:
     assert "lengths of torch.int64" in reason(lens=lens.long())
     odd = torch.zeros(2 * 513, dtype=torch.bfloat16).view(2, 513)[:, :512].view(2, 8, 64)
     assert "not aligned" in reason(q=odd)
+
+
+def test_it_gets_steps_of_few_rows_that_compute_one_token_each() -> None:
+    cpu = SimpleNamespace(name="cpu", torch=torch.device("cpu"), is_gpu=False)
+    backend = TritonAttention(cpu, Processors(132, paged_decode_cuda.CAPABILITY))
+    assert backend.few_rows is None
+
+    def fits(rows: list[tuple[int, int]], attn: Attn = SMALL) -> bool:
+        options = {"block_size": 16, "dtype": torch.bfloat16, "index": torch.int32}
+        case = paged(attn, rows, **options)
+        plan = backend.plan(batch_of(case))
+        return backend._fits_few_rows(case.q, case.kv, plan, shape_of(attn, case.kv))
+
+    assert not fits([(5, 1)])
+    backend.few_rows = object()  # type: ignore[assignment]
+    assert fits([(5, 1)]) and fits([(n, 1) for n in range(1, 9)])
+    assert not fits([(n, 1) for n in range(1, 10)])
+    assert not fits([(5, 1), (7, 2)])
+    assert not fits([(5, 1)], replace(SMALL, head_dim=96))
 
 
 @pytest.mark.parametrize(
