@@ -14,6 +14,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator
+from urllib.parse import unquote_to_bytes
 
 HIDDEN = "[hidden]"
 REQUESTS = "pagedserve.requests"  # the logger of what clients ask, where that is wanted
@@ -26,6 +27,7 @@ HEADER = re.compile(
     r"(authorization\b['\"]?\s*[:=,]\s*b?['\"]?\s*)((?:[a-z]+\s+)?)[^\s'\",)\]}]+", re.IGNORECASE
 )
 BEARER = re.compile(r"(\bbearer\s+)[^\s'\",)\]}]+", re.IGNORECASE)
+FRAME = re.compile(r'\s+(\| +)?File "[^"]+", line \d+(, in \S+)?$')
 WORD = re.compile(r"\S+")
 EDGE = re.compile(r"[^\w-]")  # what may stand before or behind a key, or in it
 QUOTED = re.compile(rf"(['\"])(?:\\.|(?!\1).){{{MAX_QUOTED_CHARS + 1},}}\1")
@@ -58,7 +60,9 @@ class Redacting(logging.Formatter):
 
 
 def without_quotations(line: str) -> str:
-    """A line of a traceback without what it quotes at length."""
+    """A line of a traceback without what it quotes at length; where it happened stays."""
+    if FRAME.match(line):
+        return line
     if len(line) > MAX_LINE_CHARS:
         # With an end for what the cut leaves open.
         line = QUOTED_OR_OPEN.sub(r"\1…\1", line[:MAX_LINE_CHARS])
@@ -87,9 +91,17 @@ def without_keys(word: str, is_key: IsKey) -> str:
         if end > start
     }
     for piece in sorted(pieces, key=len, reverse=True):
-        if is_key(hashlib.sha256(piece.encode("utf-8", "surrogateescape")).digest()):
+        plain = unquote_to_bytes(
+            as_bytes(piece)
+        )  # as in a URL; without a percent sign, as it stands
+        if any(is_key(hashlib.sha256(each).digest()) for each in {plain, as_bytes(piece)}):
             word = word.replace(piece, HIDDEN)
     return word
+
+
+def as_bytes(text: str) -> bytes:
+    """`text` as it would go over a wire, whatever it holds."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -218,4 +219,9 @@ def test_a_server_tells_keys_apart(checkpoint: Path, tmp_path: Path) -> None:
             deadline -= 1
             time.sleep(0.05)
         assert post("o").status_code == 401 and post("o2").status_code == 200
+        write(Path(path), "other:o3")
+        server.signal(signal.SIGHUP)
+        while server.output.count("--api-key-file was read again") < 2:
+            time.sleep(0.02)
+        assert post("o2").status_code == 401 and post("o3").status_code == 200
         assert "Traceback" not in server.output
