@@ -10,6 +10,7 @@
     ├── BusyError                   429  more than is allowed at a time; says when to come again
     ├── DeadlineError               504  it took longer than the server allows; 408: the client
     ├── UnavailableError            503  not now: loading, draining or dead; says which
+    ├── StepError                   500  one step could not be computed, and the device is sound
     └── StartupError                 –   cannot start: bad flag, bad checkpoint, no memory
 
 An error knows its HTTP status and the body of the OpenAI error object. A broken invariant of our
@@ -125,6 +126,19 @@ class UnavailableError(PagedServeError):
     status = 503
     type = "service_unavailable"
     code = "unavailable"
+
+
+class StepError(PagedServeError):
+    """A step broke off; what it left behind is cleared, and it, or parts of it, may be tried again.
+
+    `memory`: for want of memory, so that less at a time may do.
+    """
+
+    code = "step_failed"
+
+    def __init__(self, message: str, *, memory: bool = False):
+        super().__init__(message)
+        self.memory = memory
 
 
 class StartupError(PagedServeError):

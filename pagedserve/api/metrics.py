@@ -137,6 +137,11 @@ class Metrics:
             "prefix_cache_hits", "Prompt tokens found in the cache", stats.prefix_hits
         )
         yield self._counter("engine_steps", "Steps of the engine", stats.steps)
+        yield self._counter(
+            "engine_broken_steps",
+            "Steps that broke off and were computed again",
+            stats.broken_steps,
+        )
 
     def _death_families(self) -> Iterator[Metric]:
         """Engines that died, and of what the last one."""

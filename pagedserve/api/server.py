@@ -27,6 +27,7 @@ from pagedserve.engine import phases
 from pagedserve.engine.client import EngineClient
 from pagedserve.engine.watch import Recovery
 from pagedserve.errors import PagedServeError, StartupError
+from pagedserve.limits import Limits
 
 if TYPE_CHECKING:
     import uvicorn
@@ -206,7 +207,7 @@ def http_server(app: ASGIApp, gate: Gate) -> uvicorn.Server:
     """A uvicorn server that leaves signals and logging to us, and cuts readers that stall."""
     import uvicorn
 
-    from pagedserve.api.protocol import BoundedHeads
+    from pagedserve.api.protocol import bounded_heads
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -226,6 +227,7 @@ def http_server(app: ASGIApp, gate: Gate) -> uvicorn.Server:
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
 
+<<<<<<< HEAD
     config = uvicorn.Config(
         app,
         http=BoundedHeads,
@@ -237,6 +239,22 @@ def http_server(app: ASGIApp, gate: Gate) -> uvicorn.Server:
         proxy_headers=False,  # anybody on this machine could write them
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSE_SECONDS + 1,  # after our own cut
+=======
+    if config.access_log:
+        show_access_log()
+    return Server(
+        uvicorn.Config(
+            app,
+            http=bounded_heads(Limits.of(config.limits).head_bytes),
+            log_config=None,
+            access_log=config.access_log,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=CLOSE_SECONDS + 1,  # after our own cut
+        )
+>>>>>>> main
     )
     config.load()
     config.ssl = gate.tls

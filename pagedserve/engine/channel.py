@@ -130,6 +130,7 @@ class Stats(Message, frozen=True):
     prefix_queries: int
     prefix_hits: int
     steps: int
+    broken_steps: int = 0  # that had to be computed again, see `engine.isolation`
 
 
 class Dead(Message, frozen=True):

@@ -8,6 +8,7 @@ from typing import cast
 from pagedserve.config import Config
 from pagedserve.executor.base import Ticket
 from pagedserve.step import EngineInfo, Step, StepOutput
+from pagedserve.worker.faults import unless_broken
 from pagedserve.worker.start import Launched, Worker, start
 
 
@@ -26,12 +27,17 @@ class LocalExecutor:
 
     def launch(self, step: Step) -> Ticket:
         """Enqueue the step's forward and sampling on the device."""
-        assert self._worker is not None, "start() comes first"
-        return Ticket(self._worker.launch(step))
+        worker = self._started
+        return Ticket(unless_broken(worker, lambda: worker.launch(step)))
 
     def result(self, ticket: Ticket) -> StepOutput:
         """Wait for the step's tokens."""
-        return cast(Launched, ticket).result()
+        return unless_broken(self._started, cast(Launched, ticket).result)
+
+    @property
+    def _started(self) -> Worker:
+        assert self._worker is not None, "start() comes first"
+        return self._worker
 
     def stop(self) -> None:
         """Let go of the model and the cache."""

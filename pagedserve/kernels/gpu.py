@@ -45,6 +45,11 @@ class GpuKernels:
         )
         return cls(Scratch.on(device), table)
 
+    def recover(self) -> None:
+        """After work that broke off between two kernels: what is zero between them is zero."""
+        for zeros in (self.scratch.count, *self.counts.values()):
+            zeros.zero_()
+
     def matrix(self, weight: Tensor) -> Matrix:
         """`weight` [out, in] as it is; float32 by torch alone, which is exact there."""
         if not gpu_matrix.fits(weight):

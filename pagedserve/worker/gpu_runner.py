@@ -26,7 +26,7 @@ from pagedserve.step import BlockId, EngineInfo, Join, Slot, Step, StepOutput, T
 from pagedserve.worker import kv_cache
 from pagedserve.worker.gpu_sampler import GpuSampler
 from pagedserve.worker.prompt_logprobs import PromptLogprobs, by_slot
-from pagedserve.worker.sampler import LogprobColumns, logprob_columns
+from pagedserve.worker.sampler import NOT_FINITE, LogprobColumns, logprob_columns
 from pagedserve.worker.stages import Memory, Size, Sizes, Stages
 
 RING = 4  # steps whose buffers are in use: more than are ever in flight
@@ -66,8 +66,10 @@ class GpuStep:
             finite = [finite[row] for row in self.sampled]
         output = StepOutput(drawn)
         if not all(finite):
-            output.bad_slots.extend(
-                slot for slot, good in zip(self.slots, finite, strict=True) if not good
+            output.failed.update(
+                (slot, NOT_FINITE)
+                for slot, good in zip(self.slots, finite, strict=True)
+                if not good
             )
         if self.logprobs is not None:
             places, columns = self.logprobs
@@ -91,7 +93,7 @@ class GpuRunner:
         backend: AttentionBackend,
     ):
         self.info = info
-        self._model, self._device = model, device.torch
+        self._model, self._place, self._device = model, device, device.torch
         spec, block_size, slots = model.spec, config.cache.block_size, info.max_num_seqs + 1
         sizes = Sizes(info.max_num_seqs, info.max_num_batched_tokens)
         rows, tokens = sizes.largest()
@@ -187,6 +189,12 @@ class GpuRunner:
         buffers.results[: 2 * size.rows].copy_(results, non_blocking=True)
         buffers.done.record()
         return GpuStep(buffers, size.rows, sampled, slots, found, prompt)
+
+    def recover(self) -> None:
+        """See `start.Worker`. Graphs hold memory that a step run op by op may need."""
+        self._place.recover()
+        self._stages.drop_graphs()
+        self._place.give_back()
 
     def _join(self, join: Join) -> None:
         """A sequence's tokens and parameters into its row."""

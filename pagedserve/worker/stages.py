@@ -31,6 +31,7 @@ from pagedserve.worker.gpu_sampler import GpuSampler
 log = logging.getLogger("pagedserve")
 
 MAX_GRAPHS = 400  # the driver keeps some of every graph in memory that no plan counts
+PAUSE_RUNS = 1000  # without captures, after one for which there was no memory
 SEEN_BEFORE_CAPTURE = 1  # runs of a stage before it is worth a graph; the first also warms it up
 
 
@@ -89,11 +90,14 @@ class Stages:
     known: dict[tuple[Size, Needs], Stage] = field(default_factory=dict)
     pool: Any = None  # what torch calls a handle
     num_graphs: int = 0
+    num_runs: int = 0
+    capture_from: int = 0  # no graph before this run
 
     def worth_a_graph(self, stage: Stage) -> bool:
         """Whether the stage's next run is to be captured."""
         return (
             not self.eager
+            and self.num_runs >= self.capture_from
             and stage.runs >= SEEN_BEFORE_CAPTURE
             and self.num_graphs < MAX_GRAPHS
             and self.decoder.capturable
@@ -101,6 +105,7 @@ class Stages:
 
     def run(self, size: Size, needs: Needs) -> None:
         """Enqueue a step whose message is in `memory.message`."""
+        self.num_runs += 1
         stage = self.known.get((size, needs))
         if stage is None:
             stage = self.known[size, needs] = Stage(size, needs)
@@ -113,30 +118,49 @@ class Stages:
             self.compute(size, needs)
 
     def capture_or_compute(self, stage: Stage) -> None:
-        """Run the stage as a graph; op by op from now on where no graph of it can be made.
+        """Run the stage as a graph; op by op where no graph of it can be made.
 
         Nothing of a step is computed while it is captured, so it is not lost. Graphs that there are
-        still serve.
+        still serve. Memory may come back, what may not be captured stays so.
         """
         stream = torch.cuda.current_stream()
         try:
             stage.graph = self.capture(stage)
             self.num_graphs += 1
-        # No memory, or something that may not be captured.
         except RuntimeError as error:
             # A capture that fails leaves its own stream as the current one.
             torch.cuda.set_stream(stream)
-            self.eager = True
-            log.warning(
-                "no more CUDA graphs, steps of other sizes run op by op and slower: %s could not "
-                "be captured: %s. Where memory is short, lower --gpu-memory-utilization; "
-                "--enforce-eager does without graphs",
-                stage.size,
-                error,
-            )
+            self.give_up(stage, error)
             self.compute(stage.size, stage.needs)
             return
         stage.graph.replay()
+
+    def give_up(self, stage: Stage, error: RuntimeError) -> None:
+        """Capture nothing for a while, or any more, and say so."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self.capture_from = self.num_runs + PAUSE_RUNS
+            log.warning(
+                "no memory for a CUDA graph of %s: for %d steps, those without one run op by op, "
+                "slower. Where this comes again, lower --gpu-memory-utilization: %s",
+                stage.size,
+                PAUSE_RUNS,
+                error,
+            )
+            return
+        self.eager = True
+        log.warning(
+            "no more CUDA graphs, steps of other sizes run op by op and slower: %s could not be "
+            "captured: %s. --enforce-eager does without graphs",
+            stage.size,
+            error,
+        )
+
+    def drop_graphs(self) -> None:
+        """Give their memory back; none may be running. Each is captured again when it is needed."""
+        for stage in self.known.values():
+            stage.graph = None
+        self.pool = None
+        self.num_graphs = 0
 
     def capture(self, stage: Stage) -> torch.cuda.CUDAGraph:
         """Record the stage as a graph.

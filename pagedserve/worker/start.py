@@ -39,6 +39,13 @@ class Worker(Protocol):
         """Enqueue one step: forward, sampling, and the write-back of what was sampled."""
         ...
 
+    def recover(self) -> None:
+        """Get ready for another step after one that broke off; give back memory that can be.
+
+        Raises what the device says where it computes no more.
+        """
+        ...
+
 
 def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
     """Load the model, settle limits against memory, allocate. Raises StartupError."""

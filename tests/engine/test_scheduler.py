@@ -143,8 +143,8 @@ def test_rows_with_bad_logits_fail_alone() -> None:
     s.add(request(2, first=2))
     step = s.schedule()
     assert step is not None
-    committed = s.commit(step, StepOutput([9, 9], bad_slots=[step.slots[0]]))
-    assert [id for id, _ in committed.failed] == [1] and committed.ids == [2]
+    committed = s.commit(step, StepOutput([9, 9], failed={step.slots[0]: "no"}))
+    assert committed.failed == [(1, "no")] and committed.ids == [2]
     s.abort(2)
     assert s.idle and s.pool.num_used == 0
 

@@ -18,13 +18,22 @@ NEEDS = Needs(drawn=False, filtered=False, processed=False)
 SMALL, LARGE = Size(1, 1, mixed=False), Size(2, 16, mixed=True)
 
 
+NO_MEMORY = torch.OutOfMemoryError("out of memory")
+
+
 class Watched(Stages):
     """Writes down what it does; captures of `cannot` fail, and leave another stream behind."""
 
-    def __init__(self, cannot: tuple[Size, ...] = (), *, capturable: bool = True):
+    def __init__(
+        self,
+        cannot: tuple[Size, ...] = (),
+        *,
+        capturable: bool = True,
+        error: RuntimeError = NO_MEMORY,
+    ):
         decoder, nothing = SimpleNamespace(capturable=capturable), cast(Any, None)
         super().__init__(nothing, cast(Any, decoder), nothing, nothing, Sizes(2, 16), eager=False)
-        self.cannot, self.done = cannot, []
+        self.cannot, self.error, self.done = cannot, error, []
 
     def compute(self, size: Size, needs: Needs) -> Made:
         self.done.append(("compute", size))
@@ -34,7 +43,7 @@ class Watched(Stages):
         self.done.append(("capture", stage.size))
         if stage.size in self.cannot:
             torch.cuda.set_stream(cast(Any, "of the capture"))
-            raise torch.OutOfMemoryError("out of memory: 7 MiB free")
+            raise self.error
         return cast(Any, SimpleNamespace(replay=lambda: self.done.append(("replay", stage.size))))
 
 
@@ -61,10 +70,13 @@ def test_what_asks_the_host_is_never_captured() -> None:
     assert [what for what, _ in stages.done] == ["compute"] * 3
 
 
-def test_a_step_whose_graph_cannot_be_made_runs_op_by_op_and_so_do_all_later_ones(
-    streams: list[Any], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "error", (torch.OutOfMemoryError("7 MiB free"), RuntimeError("7 MiB free")), ids=repr
+)
+def test_a_step_whose_graph_cannot_be_made_runs_op_by_op_and_so_do_later_ones(
+    error: RuntimeError, streams: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    stages = Watched(cannot=(LARGE,))
+    stages = Watched(cannot=(LARGE,), error=error)
     for _ in range(2):
         stages.run(SMALL, NEEDS)
     stages.done.clear()
@@ -81,6 +93,34 @@ def test_a_step_whose_graph_cannot_be_made_runs_op_by_op_and_so_do_all_later_one
     assert streams[-1] == "of the steps"
     [line] = caplog.messages
     assert "7 MiB free" in line and "Size(rows=2, tokens=16, mixed=True)" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "captures"), ((NO_MEMORY, 2), (RuntimeError("a wait"), 1)), ids=repr
+)
+def test_graphs_are_tried_again_where_only_memory_was_short(
+    error: RuntimeError, captures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pagedserve.worker.stages.PAUSE_RUNS", 4)
+    stages = Watched(cannot=(SMALL,), error=error)
+    for _ in range(6):
+        stages.run(SMALL, NEEDS)
+    stages.cannot = ()
+    for _ in range(2):
+        stages.run(SMALL, NEEDS)
+    done = [what for what, _ in stages.done]
+    assert done.count("capture") == captures
+    assert done.count("compute") + done.count("replay") == 8, "every step was computed once"
+
+
+def test_dropped_graphs_are_captured_again() -> None:
+    stages = Watched()
+    for _ in range(2):
+        stages.run(SMALL, NEEDS)
+    stages.drop_graphs()
+    stages.run(SMALL, NEEDS)
+    assert [what for what, _ in stages.done] == ["compute", *["capture", "replay"] * 2]
+    assert stages.num_graphs == 1
 
 
 def test_there_are_only_so_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
