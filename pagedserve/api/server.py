@@ -227,10 +227,9 @@ def http_server(app: ASGIApp, gate: Gate) -> uvicorn.Server:
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
 
-<<<<<<< HEAD
     config = uvicorn.Config(
         app,
-        http=BoundedHeads,
+        http=bounded_heads(Limits.of(gate.config.limits).head_bytes),
         log_config=None,
         access_log=gate.config.access_log,
         lifespan="off",
@@ -239,22 +238,6 @@ def http_server(app: ASGIApp, gate: Gate) -> uvicorn.Server:
         proxy_headers=False,  # anybody on this machine could write them
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSE_SECONDS + 1,  # after our own cut
-=======
-    if config.access_log:
-        show_access_log()
-    return Server(
-        uvicorn.Config(
-            app,
-            http=bounded_heads(Limits.of(config.limits).head_bytes),
-            log_config=None,
-            access_log=config.access_log,
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=CLOSE_SECONDS + 1,  # after our own cut
-        )
->>>>>>> main
     )
     config.load()
     config.ssl = gate.tls

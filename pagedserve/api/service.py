@@ -44,11 +44,7 @@ requests_log = logging.getLogger(logs.REQUESTS)
 
 T = TypeVar("T")
 
-<<<<<<< HEAD
 MAX_LOGGED_TOKENS = 2048  # of a prompt
-MAX_SEQUENCES = 1024  # of one HTTP request: prompts times n
-=======
->>>>>>> main
 INLINE_BYTES = 4096  # the text of bodies up to here is tokenised faster than a thread is reached
 
 

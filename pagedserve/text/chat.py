@@ -17,12 +17,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-<<<<<<< HEAD
 from pagedserve.errors import RequestError, StartupError, shorten, without_places
-=======
-from pagedserve.errors import RequestError, StartupError, shorten
 from pagedserve.limits import CEILING, Limits
->>>>>>> main
 from pagedserve.text.files import read_json
 from pagedserve.text.tokenizer import Tokenizer
 
