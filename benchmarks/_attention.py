@@ -80,11 +80,12 @@ DECODE_SWEEP = {
     COMMON: [
         (64, 2, 128, 4, 5),
         (64, 2, 64, 4, 5),
-        (64, 1, 128, 4, 5),
-        (128, 1, 128, 4, 3),
+        (128, 2, 128, 4, 3),
+        (64, 1, 128, 4, 7),
+        (32, 3, 64, 4, 7),
+        (32, 2, 64, 4, 7),
+        (32, 4, 64, 2, 5),
         (64, 2, 64, 2, 5),
-        (32, 3, 64, 2, 6),
-        (32, 2, 64, 4, 6),
     ],
     LATENT: [(32, 1, 128, 4, 3), (16, 3, 64, 4, 3), (64, 1, 128, 8, 3), (32, 2, 64, 4, 2)],
     LATENT_128: [(16, 1, 64, 8, 2), (32, 1, 64, 8, 3)],
@@ -138,16 +139,15 @@ def make(shape: Shape, rows: list[tuple[int, int]]) -> Case:
 
 def decode_time(case: Case, tuning: paged_decode.Tuning) -> float:
     """Microseconds a layer; planning is not in it."""
-    plan = paged_decode.plan_decode(case.shape, tuning, case.seq_lens, case.query_start_loc)
+    plan = paged_decode.plan_decode(
+        case.shape, tuning, case.block_tables, case.seq_lens, case.query_start_loc
+    )
 
     def launch(layer: Tensor) -> None:
         paged_decode.paged_decode(
             case.q,
             layer,
             case.out,
-            case.block_tables,
-            case.seq_lens,
-            case.query_start_loc,
             plan,
             scale=case.q.shape[2] ** -0.5,
         )
@@ -351,7 +351,7 @@ def small(processors: Processors) -> dict[str, float]:
         found[f"plan_decode, {rows} rows"] = microseconds(
             [
                 lambda case=case, tuning=tuning: paged_decode.plan_decode(
-                    COMMON, tuning, case.seq_lens, case.query_start_loc
+                    COMMON, tuning, case.block_tables, case.seq_lens, case.query_start_loc
                 )
             ]
             * 8

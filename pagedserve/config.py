@@ -376,6 +376,13 @@ def kernel_directories() -> tuple[Path, ...]:
     return (*([Path(ahead)] if ahead else []), cache_directory() / "kernels")
 
 
+def triton_cache_directory() -> Path | None:
+    """Where Triton keeps compiled kernels; None where its own variables say so."""
+    if os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME"):
+        return None
+    return cache_directory() / "triton"
+
+
 def cpu_kernels_wanted() -> bool:
     """False where PAGEDSERVE_CPU_KERNELS is "off": torch's ops instead of ours, to compare them."""
     return os.environ.get("PAGEDSERVE_CPU_KERNELS") != "off"

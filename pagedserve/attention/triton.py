@@ -187,15 +187,12 @@ class TritonAttention:
         if work is None:
             tuning = paged_decode.tune(shape, self.processors.count, self.processors.capability)
             work = plan.decodes[shape] = paged_decode.plan_decode(
-                shape, tuning, batch.seq_lens, batch.query_start_loc
+                shape, tuning, batch.block_tables, batch.seq_lens, batch.query_start_loc
             )
         paged_decode.paged_decode(
             q,
             kv,
             out,
-            batch.block_tables,
-            batch.seq_lens,
-            batch.query_start_loc,
             work,
             scale=attn.scale,
             softcap=attn.softcap,

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from pagedserve.attention.base import AttentionBackend
 from pagedserve.attention.batch import Batch
 from pagedserve.kernels import step_inputs
+from pagedserve.kernels.rehearsal import rehearsal
 from pagedserve.kernels.sample_gpu import Needs
 from pagedserve.kernels.step_inputs import Inputs, Message
 from pagedserve.models.base import Model
@@ -162,6 +164,31 @@ class Stages:
         self.pool = None
         self.num_graphs = 0
 
+    def rehearse(self, sizes: Iterable[Size], needs: Iterable[Needs]) -> None:
+        """Compile the kernels of steps of these sizes, and of what else rows may need of a sampler.
+
+        Nothing is computed: the steps are captured as a graph that nobody replays, of a model with
+        one layer of each kind. Where that fails, kernels are compiled as they are needed.
+        """
+        if not self.decoder.capturable:
+            return
+        short = replace(self, decoder=self.decoder.excerpt(), known={})
+        usual, *others = needs
+        stream = torch.cuda.current_stream()
+        # It takes memory of its own, which a capture must not.
+        torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with rehearsal(), torch.cuda.graph(graph, capture_error_mode="relaxed"):
+                for size in sizes:
+                    made = short.compute(size, usual)
+                inputs = self.memory.inputs.cut(size.rows, size.tokens)
+                for each in others:
+                    self.sampler.sample(made.logits, inputs.slots, inputs.places, each)
+        except Exception as error:  # of a compiler, of a driver: the first steps will say it again
+            torch.cuda.set_stream(stream)
+            log.warning("kernels are compiled when they are first needed: %s", error)
+
     def capture(self, stage: Stage) -> torch.cuda.CUDAGraph:
         """Record the stage as a graph.
 
@@ -235,9 +262,23 @@ class Sizes:
         held = self.rows[bisect.bisect_left(self.rows, rows)]
         return Size(held, self.tokens[bisect.bisect_left(self.tokens, tokens)], mixed=True)
 
+    def sample(self) -> list[Size]:
+        """Sizes between which kernels do not change: each about twice as large as the last."""
+        one_token = [Size(rows, rows, mixed=False) for rows in doubling(self.one_token)]
+        return one_token + [self.of(2, tokens) for tokens in doubling(self.tokens) if tokens > 2]
+
     def largest(self) -> tuple[int, int]:
         """Rows and tokens that memory must hold."""
         return max(self.rows[-1], self.one_token[-1]), max(self.tokens[-1], self.one_token[-1])
+
+
+def doubling(numbers: list[int]) -> list[int]:
+    """Of ascending numbers the first, then always the next that is twice as large; and the last."""
+    found = numbers[:1]
+    for number in numbers:
+        if number >= 2 * found[-1]:
+            found.append(number)
+    return found if found[-1] == numbers[-1] else [*found, numbers[-1]]
 
 
 def steps(most: int, first: tuple[int, ...], then: tuple[tuple[int, int], ...]) -> list[int]:

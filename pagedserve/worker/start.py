@@ -31,6 +31,10 @@ class Worker(Protocol):
 
     info: EngineInfo
 
+    def compile_kernels(self) -> None:
+        """Have ready what steps of all usual kinds run, as far as that can be known."""
+        ...
+
     def warm_up(self) -> None:
         """Run what the first requests would otherwise wait for."""
         ...
@@ -70,6 +74,8 @@ def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
     info = settle(config, device, model)
     on_progress("allocate KV cache", f"{info.num_blocks} blocks")
     worker = make(config, device, model, info)
+    on_progress("compile kernels", "")
+    worker.compile_kernels()
     on_progress("warm up", "")
     worker.warm_up()
     return worker
