@@ -1,11 +1,11 @@
 """The routes, and what every request passes through.
 
-RequestId ─▶ CheckOrigin ─▶ RequireKey ─▶ BodyLimit ─▶ Door ─▶ route ─▶ handler(service, request)
-                                                           └─ an error of errors.py becomes its
-                                                              OpenAI object
+RequestId ─▶ LastAnswer ─▶ CheckOrigin ─▶ RequireKey ─▶ BodyLimit ─▶ Door ─▶ route
+                                                                               │
+             an error of errors.py becomes its OpenAI object ◀─ handler(service, request)
 
-The first only gives the answer a number. The next two let nothing through that they do not know to
-be allowed, whatever its path; every route says here which scope of a key it wants.
+The first two only add to the answer's head. The next two let nothing through that they do not know
+to be allowed, whatever its path; every route says here which scope of a key it wants.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pagedserve.api.answer import ClientGone
 from pagedserve.api.auth import RequireKey, check_scope
 from pagedserve.api.door import Door
 from pagedserve.api.gate import Gate
-from pagedserve.api.limits import BodyLimit, RequestId
+from pagedserve.api.limits import BodyLimit, LastAnswer, RequestId
 from pagedserve.api.openai_chat import create_chat_completion
 from pagedserve.api.openai_completions import create_completion
 from pagedserve.api.openai_shapes import error_response
@@ -83,6 +83,7 @@ def build_app(service: Service, gate: Gate) -> FastAPI:
     app.add_middleware(RequireKey, keys=gate.keys, anybody=gate.anybody, open_paths=open_paths)
     methods = dict.fromkeys(name for method, *_ in ROUTES for name in METHODS[method])
     app.add_middleware(CheckOrigin, callers=gate.callers, methods=methods)
+    app.add_middleware(LastAnswer, ending=lambda: service.draining or service.failure.done())
     app.add_middleware(RequestId)
     return app
 

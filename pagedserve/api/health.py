@@ -2,8 +2,10 @@
 
     /livez     200 while the process works, also while it loads, drains or restarts its engine;
                503 once the engine is dead and stays so
-    /startupz  200 once the model has been loaded; 503 with the phase before, and when that failed
-    /readyz    200 while requests are computed; 503 while loading, restarting, draining or dead
+    /startupz  200 once the model has been loaded; 503 before, with the phase, its bytes and the
+               time they will take, and when that failed
+    /readyz    200 while requests are computed; 503 while loading, stalled, restarting, draining or
+               dead
     /health    as /readyz, with the figures
     /version, /metrics
 
@@ -36,24 +38,26 @@ def details(service: Service) -> dict[str, Any]:
     """What is being loaded, and the cause of a death."""
     phase = service.phase
     found = {
-        "loading": service.loading if phase in ("loading", "restarting") else None,
+        "loading": service.startup.text if phase in ("loading", "restarting") else None,
         "cause": cause(service),
     }
     return {name: without_places(text) for name, text in found.items() if text is not None}
 
 
 def cause(service: Service) -> str | None:
-    """Why the engine is dead, or being restarted."""
+    """Why the engine is dead, silent, or being restarted."""
     if service.failure.done():
         return service.failure.result()
+    if service.phase == "stalled":
+        return "the engine has given no sign of life for too long"
     return service.client.last_death if service.client.restarting else None
 
 
-def probe(service: Service, request: HttpRequest, good: bool, **figures: Any) -> Response:
-    """The state with the status that a probe looks at, and for who may know it the rest."""
+def probe(service: Service, request: HttpRequest, good: bool, **more: Any) -> Response:
+    """The state with the status that a probe looks at, and `more` for who may know it."""
     body = state(service)
     if is_known(request):
-        body |= details(service) | figures
+        body |= details(service) | more
     response = json_response(body, 200 if good else 503)
     if not good:
         response.headers["Retry-After"] = RETRY_AFTER_SECONDS
@@ -66,8 +70,24 @@ async def livez(service: Service, request: HttpRequest) -> Response:
 
 
 async def startupz(service: Service, request: HttpRequest) -> Response:
-    """Whether the start has come to its end."""
-    return probe(service, request, service.ready is not None and not service.failure.done())
+    """Whether the start has come to its end, and how far it is.
+
+    `seconds` since it began; `eta_seconds` until the bytes of this phase are there.
+    """
+    good = service.ready is not None and not service.failure.done()
+    more = {} if good else progress(service)
+    return probe(service, request, good, **more, phases=phases(service))
+
+
+def progress(service: Service) -> dict[str, Any]:
+    """How far the start is, in numbers."""
+    startup = service.startup
+    found: dict[str, Any] = {"seconds": round(startup.seconds, 3)}
+    if startup.bytes is not None:
+        found |= {"bytes_done": startup.bytes.done, "bytes_total": startup.bytes.total}
+    if (left := startup.seconds_left()) is not None:
+        found["eta_seconds"] = round(left, 1)
+    return found
 
 
 async def readyz(service: Service, request: HttpRequest) -> Response:

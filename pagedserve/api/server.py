@@ -1,9 +1,10 @@
 """The API process's life: listen first, load behind it, serve, drain, and leave with a true status.
 
     start ── port answers 503 with the phase ── ready ── SIGINT or SIGTERM ── drain ── exit 0
-                          │                       │                             └─ again: at once
-                          └── cannot start        └── engine dies: restart, requests go on
-                              exit 1                  └── again and again, or no restarts wanted:
+                          │                       │                             └─ again: at once,
+                          │                       │                                exit 128 + signal
+                          └── cannot start,       └── engine dies: restart, requests go on
+                              or hangs: exit 1        └── again and again, or no restarts wanted:
                                                           live requests get the cause, exit 1
 
 Heavy imports happen in here, after the engine process was started, so that both load at once.
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 from pagedserve import logs
 from pagedserve.api.gate import Gate
 from pagedserve.api.keys import Keys
-from pagedserve.config import Config, api_key_from_environment
+from pagedserve.config import Config, ServerConfig, api_key_from_environment
 from pagedserve.engine import phases
 from pagedserve.engine.client import EngineClient
 from pagedserve.engine.watch import Recovery
@@ -60,13 +61,24 @@ def run(
         say(f"listening on {gate.url} (503 until the model is loaded)")
         for line in gate.warnings():
             say(f"{'':10} {line}")
-        client = EngineClient(engine_module, Recovery(server.max_engine_restarts))
-        # While it loads, the engine reads no orders: waiting for it would be in vain.
-        stack.callback(lambda: client.close(CLOSE_SECONDS if client.ready else 0.1))
+        client = EngineClient(engine_module, recovery(server))
+        life = Life(config, client, gate, say, started)
+        stack.callback(close, client, life)
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(Life(config, client, gate, say, started).live())
+            return runner.run(life.live())
+
+
+def close(client: EngineClient, life: Life) -> None:
+    """End the engine."""
+    # While it loads, it reads no orders: waiting for it would be in vain.
+    client.close(CLOSE_SECONDS if client.ready and not life.stopped_by else 0.1)
+
+
+def recovery(config: ServerConfig) -> Recovery:
+    """What happens to an engine that dies, stalls or hangs."""
+    return Recovery(config.max_engine_restarts, config.load_timeout)
 
 
 class Life:
@@ -78,6 +90,7 @@ class Life:
         self._gate = gate
         self._say = say
         self._started = started
+        self.stopped_by = 0  # the signal that stopped it at once
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
         self._reported = ("", started)
@@ -100,7 +113,7 @@ class Life:
             starting.cancel()
             service.close()
             server.should_exit = True
-            server.force_exit = self._second_signal.is_set()
+            server.force_exit = bool(self.stopped_by)
             await serving
 
     async def _start(self, service: Service) -> None:
@@ -133,7 +146,7 @@ class Life:
                     await first_of(self._second_signal.wait(), service.failure, until_idle(service))
         if service.failure.done():
             await self._tell_of_death(service)
-        return 128 + signal.SIGINT if self._second_signal.is_set() else 0
+        return 128 + self.stopped_by if self.stopped_by else 0
 
     async def _tell_of_death(self, service: Service) -> None:
         """Raise the cause; after a moment in which clients can read it, if there were clients."""
@@ -160,15 +173,18 @@ class Life:
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        orders = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._signalled)
+        orders: dict[int, Callable[[int], None]] = dict.fromkeys(
+            (signal.SIGINT, signal.SIGTERM), self._signalled
+        )
         if self._gate.reloads:  # else it ends the process, as where a terminal is closed
-            orders[signal.SIGHUP] = self._gate.reload
+            orders[signal.SIGHUP] = lambda number: self._gate.reload()
         for number, order in orders.items():
             with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: a test
-                loop.add_signal_handler(number, order)
+                loop.add_signal_handler(number, order, number)
 
-    def _signalled(self) -> None:
+    def _signalled(self, number: int) -> None:
         if self._first_signal.is_set():
+            self.stopped_by = number
             self._second_signal.set()
         self._first_signal.set()
 
@@ -237,7 +253,7 @@ def http_server(app: ASGIApp, gate: Gate) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,  # anybody on this machine could write them
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=CLOSE_SECONDS + 1,  # after our own cut
+        timeout_graceful_shutdown=5 * CLOSE_SECONDS,  # long after our own cut
     )
     config.load()
     config.ssl = gate.tls

@@ -43,6 +43,10 @@ class Unavailable(Exception):
     """Why there is no library."""
 
 
+class NoCompiler(Unavailable):
+    """None on the path."""
+
+
 def processor() -> str:
     """Its model and what it can do, which is what -march=native compiles for."""
     try:
@@ -57,11 +61,13 @@ def processor() -> str:
 class Recipe:
     """How one library is made of `csrc/`.
 
-    name: what people call it; prefix: of its file; sources: which files; compilers: those that can,
-    best first; flags: of compiling and of linking; target: what else the result depends on.
+    name, runs_on: what people call it, and what it is for; prefix: of its file; sources: which
+    files; compilers: those that can, best first; flags: of compiling and of linking; target: what
+    else the result depends on.
     """
 
     name: str
+    runs_on: str
     prefix: str
     sources: str
     compilers: tuple[str, ...]
@@ -71,6 +77,7 @@ class Recipe:
 
 CPU = Recipe(
     name="C++ kernels",
+    runs_on="this processor",
     prefix="cpu",
     sources="*_cpu.cpp",
     compilers=("c++", "g++", "clang++"),
@@ -82,6 +89,7 @@ CPU = Recipe(
 )
 CUDA = Recipe(
     name="CUDA kernels",
+    runs_on="GPUs of capability 9.0 (sm_90a)",
     prefix="cuda-sm_90a",
     sources="*_cuda.cu",
     compilers=("nvcc",),
@@ -134,7 +142,7 @@ def find(recipe: Recipe, directories: Sequence[Path]) -> Path | None:
     """The library where it is there already. Raises Unavailable where there are no sources."""
     try:
         wanted = file_name(recipe, find_compiler(recipe))
-    except Unavailable:  # any compiler's is good
+    except NoCompiler:  # any other's is good
         wanted = file_name(recipe, None)
     found = (path for directory in directories for path in sorted(directory.glob(wanted)))
     return next(found, None)
@@ -170,7 +178,7 @@ def find_compiler(recipe: Recipe) -> str:
         if path := shutil.which(name):
             return path
     names = ", ".join(recipe.compilers)
-    raise Unavailable(f"no compiler for {recipe.name} on the path ({names})")
+    raise NoCompiler(f"no compiler for {recipe.name} on the path ({names})")
 
 
 def file_name(recipe: Recipe, compiler: str | None) -> str:

@@ -119,9 +119,9 @@ class Dummy:
 class Checkpoint:
     """The safetensors files of a directory, read as the model asks, never as a whole.
 
-    `files` reads them, `shards.Files` if left out. `on_progress` hears of every tenth of the bytes.
-    Raises StartupError for everything that `shards.stored_tensors` finds wrong, before anything is
-    read.
+    `files` reads them, `shards.Files` if left out. `on_bytes` hears of every hundredth of the
+    bytes, how many were read and of how many; without it `on_progress` hears of every tenth. Raises
+    StartupError for everything that `shards.stored_tensors` finds wrong, before anything is read.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class Checkpoint:
         spec: DecoderSpec,
         on_progress: Callable[[str], None],
         files: Reading | None = None,
+        on_bytes: Callable[[int, int], None] | None = None,
     ):
         self.directory = directory
         self.on_progress = on_progress
@@ -142,7 +143,8 @@ class Checkpoint:
         self.missing: list[str] = []
         self.num_bytes = sum(self.tensors[name].num_bytes for name in self.used)
         self.bytes_read = 0
-        self.tenths = 0
+        self.parts_read = 0
+        self.on_bytes = on_bytes
         self.files = files or Files()
         self.later = False  # True within `together`
         self.staging = torch.empty(0, dtype=torch.uint8)
@@ -265,12 +267,17 @@ class Checkpoint:
         return self.staging[:num_bytes]
 
     def report(self, num_bytes: int) -> None:
-        """Tell of every full tenth once."""
+        """Tell of every full part once."""
         self.bytes_read += num_bytes
-        tenths = 10 * self.bytes_read // max(self.num_bytes, 1)
-        if tenths > self.tenths:
-            self.tenths = tenths
-            self.on_progress(f"loading weights: {10 * tenths} %")
+        parts = 10 if self.on_bytes is None else 100
+        read = parts * self.bytes_read // max(self.num_bytes, 1)
+        if read == self.parts_read:
+            return
+        self.parts_read = read
+        if self.on_bytes is None:
+            self.on_progress(f"loading weights: {10 * read} %")
+        else:
+            self.on_bytes(self.bytes_read, self.num_bytes)
 
 
 def renamed(found: dict[str, Stored], spec: DecoderSpec, directory: Path) -> dict[str, Stored]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from pagedserve import attention
 from pagedserve.config import Config
 from pagedserve.device import Device, pick
+from pagedserve.models.hub.progress import part
 from pagedserve.models.loading import LoadedModel, load_model
+from pagedserve.models.telling import Tell
 from pagedserve.step import EngineInfo, Step, StepOutput
 from pagedserve.worker import kv_cache, memory
 from pagedserve.worker.runner import Runner
@@ -51,7 +52,7 @@ class Worker(Protocol):
         ...
 
 
-def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
+def start(config: Config, on_progress: Tell) -> Worker:
     """Load the model, settle limits against memory, allocate. Raises StartupError."""
     on_progress("start the device", config.model.device)
     device = pick(config.model.device)
@@ -70,6 +71,9 @@ def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
         generation_source=config.model.generation_config,
         generation_override=config.model.override_generation_config,
         on_progress=lambda detail: on_progress("load weights", detail),
+        on_bytes=lambda done, total: on_progress(
+            "load weights", f"{part(done, total)} ({100 * done // total} %)", done, total
+        ),
     )
     info = settle(config, device, model)
     on_progress("allocate KV cache", f"{info.num_blocks} blocks")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,6 +123,14 @@ def test_any_cluster_gives_the_same(native: Native, tuning: Tuning) -> None:
         case = rows_of(LENGTHS, attn)
         check(decode(native, case, tuning), case)
         check(decode(native, case, replace(tuning, ahead=3), first=False), case)
+
+
+@pytest.mark.gpu
+def test_a_small_batch_for_the_sanitizer(native: Native) -> None:
+    """Both orders of launches; under compute-sanitizer the other tests would take minutes."""
+    case = rows_of([900, 40, 1], replace(COMMON, sinks=True))
+    for first in (True, False):
+        check(decode(native, case, first=first), case)
 
 
 @pytest.mark.gpu
@@ -256,3 +265,16 @@ def test_a_cluster_is_as_large_as_the_gpu_has_place_for(
     rows: int, kv_heads: int, cluster: int
 ) -> None:
     assert paged_decode_cuda.tune(Shape(kv_heads, 4, 128), rows, 132).cluster == cluster
+
+
+def test_nvcc_makes_a_library_of_it(tmp_path: Path) -> None:
+    """Where there is no GPU it loads, and says that."""
+    try:
+        path = extension.library(extension.CUDA, [tmp_path])
+    except extension.NoCompiler as reason:
+        pytest.skip(str(reason))
+    if torch.cuda.is_available():
+        assert isinstance(Native(str(path)), Native)
+    else:
+        with pytest.raises(OSError, match="cudaError(InsufficientDriver|NoDevice)"):
+            Native(str(path))
