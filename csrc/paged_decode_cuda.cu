@@ -151,9 +151,21 @@ __device__ __forceinline__ float capped(float x, float softcap) {
     return softcap * LOG2E * (1.0f - __fdividef(2.0f, 1.0f + power));
 }
 
-// 16 bytes past L1, zeros where they are not wanted: what was never written may be NaN.
+// 16 bytes of the cache, zeros where they are not wanted: what was never written may be NaN.
+template <int LOAD>
 __device__ __forceinline__ uint4 read(const void* p, bool wanted) {
-    return wanted ? __ldcg(static_cast<const uint4*>(p)) : make_uint4(0, 0, 0, 0);
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (LOAD == 0) return wanted ? __ldcg(static_cast<const uint4*>(p)) : x;
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.b32 wanted, %5, 0;\n"
+        "@wanted ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "}\n"
+        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+        : "l"(p), "r"(static_cast<int>(wanted))
+        : "memory");
+    return x;
 }
 
 // The same number of two tokens: low halves, or high ones.
@@ -176,7 +188,7 @@ struct Shared {
 };
 
 // One tile of keys and values in a warp's registers.
-template <class T, int D>
+template <class T, int D, int LOAD>
 struct Tile {
     uint4 k[2][D / 32];
     uint4 v[4][D / 64];
@@ -189,7 +201,7 @@ struct Tile {
             const int t = token + 8 * h + n;
             const bool seen = t >= first && t < end;
 #pragma unroll
-            for (int c = 0; c < D / 32; ++c) k[h][c] = read(at + 8 * h * stride + 32 * c, seen);
+            for (int c = 0; c < D / 32; ++c) k[h][c] = read<LOAD>(at + 8 * h * stride + 32 * c, seen);
         }
     }
 
@@ -200,12 +212,12 @@ struct Tile {
             const int place = (i & 1) + (i & 2) * 4, t = token + 2 * q + place;
             const bool seen = t >= first && t < end;
 #pragma unroll
-            for (int c = 0; c < D / 64; ++c) v[i][c] = read(at + place * stride + 64 * c, seen);
+            for (int c = 0; c < D / 64; ++c) v[i][c] = read<LOAD>(at + place * stride + 64 * c, seen);
         }
     }
 };
 
-template <class T, int D, int WARPS, int STAGES>
+template <class T, int D, int WARPS, int TILES, int LOAD>
 __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constant__ Arguments a) {
     using N = Numbers<T>;
     __shared__ Shared<D, WARPS> shared;
@@ -229,148 +241,149 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
     // Tile i of this warp is start + i · step. Lane l holds the table's entry of tile (i & ~31) + l.
     const int start = rank * WARPS + warp, step = blocks * WARPS;
     const int* table = a.table + row * a.table_stride;
-    const auto entry = [&](int i) {
-        return __ldcg(table + min((start + (i + lane) * step) >> a.page_shift, a.table_width - 1));
+    const auto entry = [&](int tile) {
+        return __ldcg(table + min((tile + lane * step) >> a.page_shift, a.table_width - 1));
     };
-    int ids = entry(0);
+    int ids = entry(start);
     const int length = __ldcg(a.seq_lens + row);
     const int end_tile = (length + TILE - 1) / TILE;
-    int first = 0, turn = 0;
+    int first = 0, tile = start;  // of the first this turn
     if (a.window > 0) first = max(length - a.window, 0);
     if (a.chunk > 0) first = max((length - 1) / a.chunk * a.chunk, first);
     if (first >= TILE) {
-        turn = max(first / TILE - start + step - 1, 0) / step;
-        ids = entry(turn & ~31);
+        tile += max(first / TILE - start + step - 1, 0) / step * step;
+        ids = entry(tile);
     }
 
     const int stride = a.kv_heads * D;
     const T* k_lane = static_cast<const T*>(a.k) + kv_head * D + n * stride + 8 * q;
     const T* v_lane = static_cast<const T*>(a.v) + kv_head * D + 2 * q * stride + 8 * n;
-    const auto offset = [&](int i) {  // of tile i in the cache; its entry must be in `ids`
-        const int64_t id = __shfl_sync(~0u, ids, i & 31);
-        const int inside = (start + i * step) & ((1 << a.page_shift) - 1);
+    int asked = 0;  // tiles whose entries were taken out of `ids`
+    const auto offset = [&](int place, int wanted) {  // in the cache, of tile `wanted`
+        const int64_t id = __shfl_sync(~0u, ids, place);
+        const int inside = wanted & ((1 << a.page_shift) - 1);
         return id * a.block_stride + inside * (TILE * stride);
     };
 
-    Tile<T, D> held[STAGES];
-    int next = turn;  // the tile to be asked for
-    const int known = a.early ? length - 1 : length;
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s) {
-        const int tile = start + (turn + s) * step;
-        if (tile < end_tile) {
-            if (s > 0 && (next & 31) == 0) ids = entry(next);
-            const int64_t at = offset(next++);
-            held[s].load_k(k_lane + at, stride, tile * TILE, n, first, known);
-            held[s].load_v(v_lane + at, stride, tile * TILE, q, first, known);
+    Tile<T, D, LOAD> held[TILES];
+    int64_t at[TILES];
+    const auto look_up = [&](int from) {  // where the tiles of the turn at `from` are
+        if (asked == 32) {
+            ids = entry(from);
+            asked = 0;
         }
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) at[i] = offset(asked + i, from + i * step);
+        asked += TILES;
+    };
+    const auto load_k = [&](int from, int end) {
+#pragma unroll
+        for (int i = 0; i < TILES; ++i)
+            held[i].load_k(k_lane + at[i], stride, (from + i * step) * TILE, n, first, end);
+    };
+    const auto load_v = [&](int from, int end) {
+#pragma unroll
+        for (int i = 0; i < TILES; ++i)
+            held[i].load_v(v_lane + at[i], stride, (from + i * step) * TILE, q, first, end);
+    };
+    if (tile < end_tile) {
+        const int known = a.early ? length - 1 : length;
+        look_up(tile);
+        load_k(tile, known);
+        load_v(tile, known);
     }
     if (a.early) {
-        // A lane's token of the tile: its keys, or its values.
+        // A lane's token of a tile: its keys, or its values.
         const T* token = lane < TILE ? static_cast<const T*>(a.k) : static_cast<const T*>(a.v);
         token += kv_head * D + (lane % TILE) * stride;
-        for (int i = next; i < next + a.ahead && start + i * step < end_tile; ++i) {
-            if ((i ^ (next - 1)) & ~31) break;  // its entry is not here yet
-            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(token + offset(i)),
-                         "n"(D * sizeof(T)));
+        for (int i = TILES; i < TILES + a.ahead && i < 32; ++i) {
+            const int later = tile + i * step;
+            if (later >= end_tile) break;
+            const T* line = token + offset(i, later);
+#pragma unroll
+            for (int c = 0; c < D; c += 64)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(line + c));
         }
         wait_for_earlier_kernels();
 #pragma unroll
-        for (int s = 0; s < STAGES; ++s) {  // the newest token is there now
-            const int tile = start + (turn + s) * step;
-            if (tile == end_tile - 1) {
-                // Its entry is there still: it is the last that was asked for.
-                const int64_t at = offset(turn + s);
-                held[s].load_k(k_lane + at, stride, tile * TILE, n, first, length);
-                held[s].load_v(v_lane + at, stride, tile * TILE, q, first, length);
+        for (int i = 0; i < TILES; ++i)  // the newest token is there now
+            if (tile + i * step == end_tile - 1) {
+                const int at_token = (end_tile - 1) * TILE;
+                held[i].load_k(k_lane + at[i], stride, at_token, n, first, length);
+                held[i].load_v(v_lane + at[i], stride, at_token, q, first, length);
             }
-        }
     }
 
     uint4 queries[D / 32];
     {
         const T* at = static_cast<const T*>(a.q) + row * a.q_stride + (kv_head * a.group + n) * D;
 #pragma unroll
-        for (int c = 0; c < D / 32; ++c) queries[c] = read(at + 32 * c + 8 * q, n < a.group);
+        for (int c = 0; c < D / 32; ++c) queries[c] = read<0>(at + 32 * c + 8 * q, n < a.group);
     }
     float slope = 0.0f;
     if (a.slopes && n < a.group) slope = a.slopes[kv_head * a.group + n] * LOG2E;
 
     float top = MASKED, sum = 0.0f;  // of head n; `sum`: over this lane's tokens
     float out[D / 16][4] = {};       // [4c + j]: numbers 64c + 8n + j, then + 4, of heads 2q, 2q + 1
-    for (bool more = true; more;) {
+    while (tile < end_tile) {
+        float scores[TILES][2][4] = {};
 #pragma unroll
-        for (int s = 0; s < STAGES; ++s) {
-            const int tile = start + turn * step;
-            if (tile >= end_tile) {
-                more = false;
-                break;
-            }
-            // Two sums a half tile: the chain of products is half as long.
-            float scores[2][2][4] = {};
+        for (int c = 0; c < D / 32; ++c)
 #pragma unroll
-            for (int c = 0; c < D / 32; ++c)
+            for (int i = 0; i < TILES; ++i)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const uint4 x = queries[c], y = held[s].k[h][c];
-                    N::mma(scores[h][0], x.x, 0, x.y, 0, y.x, y.y);
-                    N::mma(scores[h][1], x.z, 0, x.w, 0, y.z, y.w);
+                    const uint4 x = queries[c], y = held[i].k[h][c];
+                    N::mma(scores[i][h], x.x, 0, x.y, 0, y.x, y.y);
+                    N::mma(scores[i][h], x.z, 0, x.w, 0, y.z, y.w);
                 }
-            const int after = start + next * step;
-            const bool again = after < end_tile;
-            int64_t at = 0;
-            if (again) {
-                if ((next & 31) == 0) ids = entry(next);
-                at = offset(next++);
-                held[s].load_k(k_lane + at, stride, after * TILE, n, first, length);
-            }
-            float weights[2][2], best = top;
+        const int after = tile + TILES * step;
+        if (after < end_tile) {
+            look_up(after);
+            load_k(after, length);
+        }
+        float weights[TILES][2][2], best = top;
+        const auto each = [&](auto change) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    weights[h][e] = (scores[h][0][e] + scores[h][1][e]) * a.scale;
-            if (a.softcap > 0.0f) {
+            for (int i = 0; i < TILES; ++i)
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
 #pragma unroll
                     for (int e = 0; e < 2; ++e)
-                        weights[h][e] = capped(weights[h][e], a.softcap);
-            }
+                        change(weights[i][h][e], scores[i][h][e],
+                               (tile + i * step) * TILE + 8 * h + 2 * q + e);
+        };
+        each([&](float& w, float score, int) { w = score * a.scale; });
+        if (a.softcap > 0.0f) each([&](float& w, float, int) { w = capped(w, a.softcap); });
+        each([&](float& w, float, int t) {
+            w -= slope * static_cast<float>(length - 1 - t);
+            w = t >= first && t < length ? w : MASKED;
+            best = fmaxf(best, w);
+        });
+        best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+        const float factor = power_of_2(top - best);
+        top = best;
+        sum *= factor;
+        each([&](float& w, float, int) {
+            w = power_of_2(w - best);
+            sum += w;
+        });
+        const float factor0 = __shfl_sync(~0u, factor, 8 * q);
+        const float factor1 = __shfl_sync(~0u, factor, 8 * q + 4);
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
+        for (int j = 0; j < D / 16; ++j) {
+            out[j][0] *= factor0, out[j][1] *= factor1;
+            out[j][2] *= factor0, out[j][3] *= factor1;
+        }
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int t = tile * TILE + 8 * h + 2 * q + e;
-                    const float x = weights[h][e] - slope * static_cast<float>(length - 1 - t);
-                    weights[h][e] = t >= first && t < length ? x : MASKED;
-                    best = fmaxf(best, weights[h][e]);
-                }
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-            const float factor = power_of_2(top - best);
-            top = best;
-            sum *= factor;
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    weights[h][e] = power_of_2(weights[h][e] - best);
-                    sum += weights[h][e];
-                }
-            const uint32_t b0 = N::pack(weights[0][0], weights[0][1]);
-            const uint32_t b1 = N::pack(weights[1][0], weights[1][1]);
-            const float factor0 = __shfl_sync(~0u, factor, 8 * q);
-            const float factor1 = __shfl_sync(~0u, factor, 8 * q + 4);
+        for (int i = 0; i < TILES; ++i) {
+            const uint32_t b0 = N::pack(weights[i][0][0], weights[i][0][1]);
+            const uint32_t b1 = N::pack(weights[i][1][0], weights[i][1][1]);
 #pragma unroll
             for (int c = 0; c < D / 64; ++c) {
-                const uint4 v0 = held[s].v[0][c], v1 = held[s].v[1][c];
-                const uint4 v2 = held[s].v[2][c], v3 = held[s].v[3][c];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    float(&o)[4] = out[4 * c + j];
-                    o[0] *= factor0, o[1] *= factor1, o[2] *= factor0, o[3] *= factor1;
-                }
+                const uint4 v0 = held[i].v[0][c], v1 = held[i].v[1][c];
+                const uint4 v2 = held[i].v[2][c], v3 = held[i].v[3][c];
                 N::mma(out[4 * c], lows(v0.x, v1.x), lows(v0.z, v1.z), lows(v2.x, v3.x),
                        lows(v2.z, v3.z), b0, b1);
                 N::mma(out[4 * c + 1], highs(v0.x, v1.x), highs(v0.z, v1.z), highs(v2.x, v3.x),
@@ -380,9 +393,9 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
                 N::mma(out[4 * c + 3], highs(v0.y, v1.y), highs(v0.w, v1.w), highs(v2.y, v3.y),
                        highs(v2.w, v3.w), b0, b1);
             }
-            if (again) held[s].load_v(v_lane + at, stride, after * TILE, q, first, length);
-            ++turn;
         }
+        if (after < end_tile) load_v(after, length);
+        tile = after;
     }
 
     // The block's warps are merged, four numbers of a head a thread, and sent to who finishes them.
@@ -458,17 +471,18 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
 using Kernel = void (*)(Arguments);
 
 struct Variant {
-    int half, dim, warps, stages;
+    int half, dim, warps, tiles, load;
     Kernel kernel;
 };
 
-#define VARIANTS(WARPS, STAGES)                                                    \
-    {0, 128, WARPS, STAGES, decode_kernel<__nv_bfloat16, 128, WARPS, STAGES>},     \
-        {0, 64, WARPS, STAGES, decode_kernel<__nv_bfloat16, 64, WARPS, STAGES>},   \
-        {1, 128, WARPS, STAGES, decode_kernel<__half, 128, WARPS, STAGES>},        \
-        {1, 64, WARPS, STAGES, decode_kernel<__half, 64, WARPS, STAGES>}
+#define VARIANTS(WARPS, TILES, LOAD)                                                          \
+    {0, 128, WARPS, TILES, LOAD, decode_kernel<__nv_bfloat16, 128, WARPS, TILES, LOAD>},     \
+        {0, 64, WARPS, TILES, LOAD, decode_kernel<__nv_bfloat16, 64, WARPS, TILES, LOAD>},   \
+        {1, 128, WARPS, TILES, LOAD, decode_kernel<__half, 128, WARPS, TILES, LOAD>},        \
+        {1, 64, WARPS, TILES, LOAD, decode_kernel<__half, 64, WARPS, TILES, LOAD>}
 
-const Variant variants[] = {VARIANTS(4, 1), VARIANTS(4, 2), VARIANTS(8, 1)};
+const Variant variants[] = {VARIANTS(4, 1, 0), VARIANTS(4, 2, 0), VARIANTS(4, 1, 1),
+                            VARIANTS(4, 2, 1), VARIANTS(8, 1, 0), VARIANTS(8, 2, 0)};
 
 }  // namespace
 
@@ -491,12 +505,12 @@ extern "C" int paged_decode(const void* q, const void* k, const void* v, void* o
                             const float* sinks, int64_t q_stride, int64_t table_stride,
                             int64_t block_stride, int rows, int table_width, int kv_heads,
                             int group, int dim, int half, int page_shift, int window, int chunk,
-                            float scale, float softcap, int cluster, int warps, int stages,
+                            float scale, float softcap, int cluster, int warps, int tiles, int load,
                             int early, int ahead, int dependent, cudaStream_t stream) {
     Kernel kernel = nullptr;
     for (const Variant& variant : variants)
         if (variant.half == half && variant.dim == dim && variant.warps == warps &&
-            variant.stages == stages)
+            variant.tiles == tiles && variant.load == load)
             kernel = variant.kernel;
     if (!kernel || cluster < 1 || cluster > MAX_CLUSTER) return cudaErrorInvalidValue;
     const int share = group * (dim / 4) / cluster;

@@ -261,7 +261,7 @@ class LLM:
         """The default parameters, with no more tokens than fit behind a prompt."""
         usual = self.get_default_sampling_params()
         room = max(self.max_model_len - num_prompt, 1)
-        return usual.replace(max_tokens=min(usual.max_tokens or room, room))
+        return self.generation.sampling_params(max_tokens=min(usual.max_tokens or room, room))
 
     def _pending(self, text: str | None, ids: list[int], params: SamplingParams | None) -> Pending:
         ready = self._client.ready

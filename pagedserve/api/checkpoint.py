@@ -85,6 +85,8 @@ def load(model: ModelConfig, on_progress: Tell) -> TextSide:
             class_defaults=tokenizer_classes(),
         )
         generation = generation.ending_with(tokenizer.end_id)
+    else:
+        generation = generation.without_text()
     changes = config_json.changes(plain, overrides)
     return TextSide(
         directory,

@@ -270,12 +270,14 @@ class Service:
         params: SamplingParams,
         *,
         param: str,
-        usual_tokens: int | None = None,
+        usual_tokens: int,
+        least_tokens: int = 0,
     ) -> SamplingParams:
         """`params` settled for `prompt`. Raises RequestError where either is unfit.
 
         `usual_tokens`: how many tokens are written at most where `params` leave it open, or as many
-        as the context holds, if those are fewer.
+        as the context holds, if those are fewer. `least_tokens`: the default of `min_tokens`, of
+        which no more is kept than fits.
         """
         ready = self.check_available()
         check_vocabulary(params, ready.vocab_size)
@@ -286,10 +288,14 @@ class Service:
             max_model_len=ready.max_model_len,
             param=param,
         )
-        if params.max_tokens is not None or usual_tokens is None:
-            return settled
-        assert settled.max_tokens is not None, "check_prompt settles max_tokens"
-        return settled.replace(max_tokens=min(settled.max_tokens, usual_tokens))
+        most = settled.max_tokens
+        assert most is not None, "check_prompt settles max_tokens"
+        if params.max_tokens is None:
+            most = min(most, usual_tokens)
+            settled = settled.replace(max_tokens=most)
+        if least_tokens:
+            settled = settled.replace(min_tokens=min(least_tokens, most))
+        return settled
 
     def submit(
         self,
