@@ -66,7 +66,7 @@ RUNS_DATA = (
     *("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle", "yaml"),
     *("code", "codeop", "runpy", "pty", "imp", "xmlrpc", "multiprocessing"),
 )
-RUNS_TEXT = ("eval", "exec", "compile", "__import__", "execfile")
+RUNS_TEXT = ("eval", "exec", "__import__", "execfile")
 RUNS_SHELL = ("system", "popen", "popen2", "getoutput", "getstatusoutput", "spawnlp", "spawnvp")
 # (file, what): why it may.
 RUN_EXCEPTIONS = {
@@ -544,7 +544,6 @@ def test_prose_and_other_words_may_hold_a_name(code: str, build: Build) -> None:
         "import importlib\nimportlib.import_module('dill')",
         "x = eval(text)",
         "f = exec",
-        "compile(text, 'x', 'exec')",
         "__import__(name)",
         "import os\nos.system(text)",
         "import subprocess\nsubprocess.getoutput(text)",
