@@ -69,16 +69,14 @@ PREFILL = {  # name → (tokens, context) of each row
     "1×32k": [(32768, 32768)],
     "mixed 100…1.5k": [(100 + 90 * row,) * 2 for row in range(16)],
 }
-# Of the CUDA kernel: cluster, warps, tiles at a time, load, tiles ahead.
+# Of the CUDA kernel: cluster, warps, tiles at a time, turns ahead, tiles asked of L2.
 FEW_ROWS_SWEEP = [
     *(
-        (cluster, 4, tiles, load, 0)
+        (cluster, 4, tiles, depth, 0)
         for cluster in (4, 8, 16)
-        for tiles in (1, 2)
-        for load in (0, 1)
+        for tiles, depth in ((1, 0), (2, 0), (1, 2), (1, 3), (2, 1), (2, 2))
     ),
-    *((cluster, 8, tiles, 0, 0) for cluster in (4, 8) for tiles in (1, 2)),
-    *((cluster, 4, 2, 0, ahead) for cluster in (8, 16) for ahead in (2, 6)),
+    *((cluster, 4, 2, 0, 6) for cluster in (8, 16)),
 ]
 # tile, programs a processor, tokens of a bin at least, warps, stages
 DECODE_SWEEP = {
@@ -194,9 +192,9 @@ def few_rows(case: Case, processors: Processors, sweep: bool) -> dict[str, float
         return {}
     chosen = paged_decode_cuda.tune(case.shape, len(case.seq_lens), processors.count)
     tunings = {"CUDA": chosen}
-    for cluster, warps, tiles, load, ahead in FEW_ROWS_SWEEP if sweep else []:
-        name = f"CUDA c{cluster} w{warps} t{tiles} l{load}" + (f" +{ahead}" if ahead else "")
-        tunings[name] = paged_decode_cuda.Tuning(cluster, warps, tiles, load, ahead)
+    for cluster, warps, tiles, depth, ahead in FEW_ROWS_SWEEP if sweep else []:
+        name = f"CUDA c{cluster} w{warps} t{tiles} d{depth}" + (f" +{ahead}" if ahead else "")
+        tunings[name] = paged_decode_cuda.Tuning(cluster, warps, tiles, depth, ahead)
     return {how: few_rows_time(case, native, tuning) for how, tuning in tunings.items()}
 
 

@@ -151,21 +151,21 @@ __device__ __forceinline__ float capped(float x, float softcap) {
     return softcap * LOG2E * (1.0f - __fdividef(2.0f, 1.0f + power));
 }
 
-// 16 bytes of the cache, zeros where they are not wanted: what was never written may be NaN.
-template <int LOAD>
+// 16 bytes past L1, zeros where they are not wanted: what was never written may be NaN.
 __device__ __forceinline__ uint4 read(const void* p, bool wanted) {
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (LOAD == 0) return wanted ? __ldcg(static_cast<const uint4*>(p)) : x;
+    return wanted ? __ldcg(static_cast<const uint4*>(p)) : make_uint4(0, 0, 0, 0);
+}
+
+// The same into shared memory, at once or later; nothing unless `now`.
+__device__ __forceinline__ void copy(uint32_t to, const void* from, bool wanted, bool now) {
     asm volatile(
         "{\n"
-        ".reg .pred wanted;\n"
-        "setp.ne.b32 wanted, %5, 0;\n"
-        "@wanted ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-        "}\n"
-        : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-        : "l"(p), "r"(static_cast<int>(wanted))
+        ".reg .pred now;\n"
+        "setp.ne.b32 now, %3, 0;\n"
+        "@now cp.async.cg.shared.global [%0], [%1], 16, %2;\n"
+        "}\n" ::"r"(to),
+        "l"(from), "r"(wanted ? 16 : 0), "r"(static_cast<int>(now))
         : "memory");
-    return x;
 }
 
 // The same number of two tokens: low halves, or high ones.
@@ -188,7 +188,7 @@ struct Shared {
 };
 
 // One tile of keys and values in a warp's registers.
-template <class T, int D, int LOAD>
+template <class T, int D>
 struct Tile {
     uint4 k[2][D / 32];
     uint4 v[4][D / 64];
@@ -201,7 +201,7 @@ struct Tile {
             const int t = token + 8 * h + n;
             const bool seen = t >= first && t < end;
 #pragma unroll
-            for (int c = 0; c < D / 32; ++c) k[h][c] = read<LOAD>(at + 8 * h * stride + 32 * c, seen);
+            for (int c = 0; c < D / 32; ++c) k[h][c] = read(at + 8 * h * stride + 32 * c, seen);
         }
     }
 
@@ -212,12 +212,12 @@ struct Tile {
             const int place = (i & 1) + (i & 2) * 4, t = token + 2 * q + place;
             const bool seen = t >= first && t < end;
 #pragma unroll
-            for (int c = 0; c < D / 64; ++c) v[i][c] = read<LOAD>(at + place * stride + 64 * c, seen);
+            for (int c = 0; c < D / 64; ++c) v[i][c] = read(at + place * stride + 64 * c, seen);
         }
     }
 };
 
-template <class T, int D, int WARPS, int TILES, int LOAD>
+template <class T, int D, int WARPS, int TILES, int DEPTH>
 __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constant__ Arguments a) {
     using N = Numbers<T>;
     __shared__ Shared<D, WARPS> shared;
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
         return id * a.block_stride + inside * (TILE * stride);
     };
 
-    Tile<T, D, LOAD> held[TILES];
+    Tile<T, D> held[TILES];
     int64_t at[TILES];
     const auto look_up = [&](int from) {  // where the tiles of the turn at `from` are
         if (asked == 32) {
@@ -286,39 +286,106 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
         for (int i = 0; i < TILES; ++i)
             held[i].load_v(v_lane + at[i], stride, (from + i * step) * TILE, q, first, end);
     };
-    if (tile < end_tile) {
-        const int known = a.early ? length - 1 : length;
-        look_up(tile);
-        load_k(tile, known);
-        load_v(tile, known);
-    }
-    if (a.early) {
-        // A lane's token of a tile: its keys, or its values.
-        const T* token = lane < TILE ? static_cast<const T*>(a.k) : static_cast<const T*>(a.v);
-        token += kv_head * D + (lane % TILE) * stride;
-        for (int i = TILES; i < TILES + a.ahead && i < 32; ++i) {
-            const int later = tile + i * step;
-            if (later >= end_tile) break;
-            const T* line = token + offset(i, later);
+    // With DEPTH: turns that are on their way into shared memory. A lane reads only what it asked for.
+    extern __shared__ uint4 ring[];
+    constexpr int PIECES = D / 8;  // a lane's of a tile: keys, then values
+    const uint4* mine = ring + warp * (DEPTH * TILES * PIECES * 32) + lane;
+    int slot = 0;
+    const auto fill = [&](int from, bool newest, bool others) {
+        const uint32_t to = shared_address(mine + slot * (TILES * PIECES * 32));
 #pragma unroll
-            for (int c = 0; c < D; c += 64)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(line + c));
-        }
-        wait_for_earlier_kernels();
+        for (int i = 0; i < TILES; ++i) {
+            const int token = (from + i * step) * TILE;
 #pragma unroll
-        for (int i = 0; i < TILES; ++i)  // the newest token is there now
-            if (tile + i * step == end_tile - 1) {
-                const int at_token = (end_tile - 1) * TILE;
-                held[i].load_k(k_lane + at[i], stride, at_token, n, first, length);
-                held[i].load_v(v_lane + at[i], stride, at_token, q, first, length);
+            for (int h = 0; h < 2; ++h) {
+                const int t = token + 8 * h + n;
+                const bool seen = t >= first && t < length, now = t == length - 1 ? newest : others;
+#pragma unroll
+                for (int c = 0; c < D / 32; ++c)
+                    copy(to + ((i * PIECES + h * (D / 32) + c) * 512),
+                         k_lane + at[i] + 8 * h * stride + 32 * c, seen, now);
             }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int place = (j & 1) + (j & 2) * 4, t = token + 2 * q + place;
+                const bool seen = t >= first && t < length, now = t == length - 1 ? newest : others;
+#pragma unroll
+                for (int c = 0; c < D / 64; ++c)
+                    copy(to + ((i * PIECES + D / 16 + j * (D / 64) + c) * 512),
+                         v_lane + at[i] + place * stride + 64 * c, seen, now);
+            }
+        }
+    };
+    const auto fetch = [&] {  // out of the ring
+        const uint4* from = mine + slot * (TILES * PIECES * 32);
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+            for (int c = 0; c < D / 16; ++c)
+                held[i].k[c / (D / 32)][c % (D / 32)] = from[(i * PIECES + c) * 32];
+#pragma unroll
+            for (int c = 0; c < D / 16; ++c)
+                held[i].v[c / (D / 64)][c % (D / 64)] = from[(i * PIECES + D / 16 + c) * 32];
+        }
+    };
+    const auto next_slot = [&] { slot = slot == DEPTH - 1 ? 0 : slot + 1; };
+    if constexpr (DEPTH == 0) {
+        if (tile < end_tile) {
+            const int known = a.early ? length - 1 : length;
+            look_up(tile);
+            load_k(tile, known);
+            load_v(tile, known);
+        }
+        if (a.early) {
+            // A lane's token of a tile: its keys, or its values.
+            const T* token = lane < TILE ? static_cast<const T*>(a.k) : static_cast<const T*>(a.v);
+            token += kv_head * D + (lane % TILE) * stride;
+            for (int i = TILES; i < TILES + a.ahead && i < 32; ++i) {
+                const int later = tile + i * step;
+                if (later >= end_tile) break;
+                const T* line = token + offset(i, later);
+#pragma unroll
+                for (int c = 0; c < D; c += 64)
+                    asm volatile("prefetch.global.L2 [%0];" ::"l"(line + c));
+            }
+            wait_for_earlier_kernels();
+#pragma unroll
+            for (int i = 0; i < TILES; ++i)  // the newest token is there now
+                if (tile + i * step == end_tile - 1) {
+                    const int at_token = (end_tile - 1) * TILE;
+                    held[i].load_k(k_lane + at[i], stride, at_token, n, first, length);
+                    held[i].load_v(v_lane + at[i], stride, at_token, q, first, length);
+                }
+        }
+    } else {
+        int last = end_tile, last_slot = 0;  // the turn that was asked for last
+#pragma unroll
+        for (int d = 0; d < DEPTH; ++d) {
+            const int from = tile + d * TILES * step;
+            if (from < end_tile) {
+                look_up(from);
+                fill(from, !a.early, true);
+                last = from, last_slot = slot;
+            }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            next_slot();
+        }
+        if (a.early) {
+            wait_for_earlier_kernels();
+            if (last + (TILES - 1) * step >= end_tile - 1 && last < end_tile) {
+                slot = last_slot;
+                fill(last, true, false);  // the newest token is there now
+                asm volatile("cp.async.wait_all;" ::: "memory");
+                slot = 0;
+            }
+        }
     }
 
     uint4 queries[D / 32];
     {
         const T* at = static_cast<const T*>(a.q) + row * a.q_stride + (kv_head * a.group + n) * D;
 #pragma unroll
-        for (int c = 0; c < D / 32; ++c) queries[c] = read<0>(at + 32 * c + 8 * q, n < a.group);
+        for (int c = 0; c < D / 32; ++c) queries[c] = read(at + 32 * c + 8 * q, n < a.group);
     }
     float slope = 0.0f;
     if (a.slopes && n < a.group) slope = a.slopes[kv_head * a.group + n] * LOG2E;
@@ -326,6 +393,10 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
     float top = MASKED, sum = 0.0f;  // of head n; `sum`: over this lane's tokens
     float out[D / 16][4] = {};       // [4c + j]: numbers 64c + 8n + j, then + 4, of heads 2q, 2q + 1
     while (tile < end_tile) {
+        if constexpr (DEPTH > 0) {
+            asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+            fetch();
+        }
         float scores[TILES][2][4] = {};
 #pragma unroll
         for (int c = 0; c < D / 32; ++c)
@@ -338,7 +409,7 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
                     N::mma(scores[i][h], x.z, 0, x.w, 0, y.z, y.w);
                 }
         const int after = tile + TILES * step;
-        if (after < end_tile) {
+        if (DEPTH == 0 && after < end_tile) {
             look_up(after);
             load_k(after, length);
         }
@@ -394,7 +465,16 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
                        highs(v2.w, v3.w), b0, b1);
             }
         }
-        if (after < end_tile) load_v(after, length);
+        if (DEPTH == 0 && after < end_tile) load_v(after, length);
+        if constexpr (DEPTH > 0) {
+            const int later = tile + DEPTH * TILES * step;
+            if (later < end_tile) {
+                look_up(later);
+                fill(later, true, true);
+            }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            next_slot();
+        }
         tile = after;
     }
 
@@ -471,27 +551,31 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
 using Kernel = void (*)(Arguments);
 
 struct Variant {
-    int half, dim, warps, tiles, load;
+    int half, dim, warps, tiles, depth;
     Kernel kernel;
+    int ring_bytes() const { return warps * tiles * depth * 32 * dim * 2; }
 };
 
-#define VARIANTS(WARPS, TILES, LOAD)                                                          \
-    {0, 128, WARPS, TILES, LOAD, decode_kernel<__nv_bfloat16, 128, WARPS, TILES, LOAD>},     \
-        {0, 64, WARPS, TILES, LOAD, decode_kernel<__nv_bfloat16, 64, WARPS, TILES, LOAD>},   \
-        {1, 128, WARPS, TILES, LOAD, decode_kernel<__half, 128, WARPS, TILES, LOAD>},        \
-        {1, 64, WARPS, TILES, LOAD, decode_kernel<__half, 64, WARPS, TILES, LOAD>}
+#define VARIANTS(WARPS, TILES, DEPTH)                                                            \
+    {0, 128, WARPS, TILES, DEPTH, decode_kernel<__nv_bfloat16, 128, WARPS, TILES, DEPTH>},       \
+        {0, 64, WARPS, TILES, DEPTH, decode_kernel<__nv_bfloat16, 64, WARPS, TILES, DEPTH>},     \
+        {1, 128, WARPS, TILES, DEPTH, decode_kernel<__half, 128, WARPS, TILES, DEPTH>},          \
+        {1, 64, WARPS, TILES, DEPTH, decode_kernel<__half, 64, WARPS, TILES, DEPTH>}
 
-const Variant variants[] = {VARIANTS(4, 1, 0), VARIANTS(4, 2, 0), VARIANTS(4, 1, 1),
-                            VARIANTS(4, 2, 1), VARIANTS(8, 1, 0), VARIANTS(8, 2, 0)};
+const Variant variants[] = {VARIANTS(4, 1, 0), VARIANTS(4, 2, 0), VARIANTS(4, 1, 2),
+                            VARIANTS(4, 1, 3), VARIANTS(4, 2, 1), VARIANTS(4, 2, 2)};
 
 }  // namespace
 
 // Ready every kernel on the current device; a CUDA error, or 0.
 extern "C" int paged_decode_prepare() {
     for (const Variant& variant : variants) {
-        const cudaError_t error = cudaFuncSetAttribute(
-            reinterpret_cast<const void*>(variant.kernel),
-            cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        const void* kernel = reinterpret_cast<const void*>(variant.kernel);
+        cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        if (error == cudaSuccess)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         variant.ring_bytes());
         if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
@@ -505,14 +589,14 @@ extern "C" int paged_decode(const void* q, const void* k, const void* v, void* o
                             const float* sinks, int64_t q_stride, int64_t table_stride,
                             int64_t block_stride, int rows, int table_width, int kv_heads,
                             int group, int dim, int half, int page_shift, int window, int chunk,
-                            float scale, float softcap, int cluster, int warps, int tiles, int load,
+                            float scale, float softcap, int cluster, int warps, int tiles, int depth,
                             int early, int ahead, int dependent, cudaStream_t stream) {
-    Kernel kernel = nullptr;
+    const Variant* chosen = nullptr;
     for (const Variant& variant : variants)
         if (variant.half == half && variant.dim == dim && variant.warps == warps &&
-            variant.tiles == tiles && variant.load == load)
-            kernel = variant.kernel;
-    if (!kernel || cluster < 1 || cluster > MAX_CLUSTER) return cudaErrorInvalidValue;
+            variant.tiles == tiles && variant.depth == depth)
+            chosen = &variant;
+    if (!chosen || cluster < 1 || cluster > MAX_CLUSTER) return cudaErrorInvalidValue;
     const int share = group * (dim / 4) / cluster;
     const Arguments arguments{q,
                               k,
@@ -547,10 +631,11 @@ extern "C" int paged_decode(const void* q, const void* k, const void* v, void* o
     config.gridDim = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(kv_heads),
                           static_cast<unsigned>(rows));
     config.blockDim = dim3(static_cast<unsigned>(32 * warps));
+    config.dynamicSmemBytes = static_cast<size_t>(chosen->ring_bytes());
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = dependent ? 2 : 1;
-    return cudaLaunchKernelEx(&config, kernel, arguments);
+    return cudaLaunchKernelEx(&config, chosen->kernel, arguments);
 }
 
 extern "C" const char* cuda_error_name(int error) {

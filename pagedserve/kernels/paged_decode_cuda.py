@@ -56,7 +56,7 @@ class Tuning:
     cluster: int
     warps: int = 4
     tiles: int = 2
-    load: int = 0
+    depth: int = 0
     ahead: int = 0
 
 
@@ -208,7 +208,7 @@ def paged_decode_cuda(
         tuning.cluster,
         tuning.warps,
         tuning.tiles,
-        tuning.load,
+        tuning.depth,
         not first,
         tuning.ahead,
         not first,

@@ -49,9 +49,9 @@ FEATURES = {
 }
 LENGTHS = [1000, 1, 4097, 33, 16, 700, 17, 2048]
 TUNINGS = [
-    Tuning(cluster, warps, tiles, load)
-    for cluster, (warps, tiles, load) in itertools.product(
-        (1, 2, 4, 8, 16), ((4, 1, 0), (4, 2, 0), (4, 1, 1), (4, 2, 1), (8, 1, 0), (8, 2, 0))
+    Tuning(cluster, warps, tiles, depth)
+    for cluster, (warps, tiles, depth) in itertools.product(
+        (1, 2, 4, 8, 16), ((4, 1, 0), (4, 2, 0), (4, 1, 2), (4, 1, 3), (4, 2, 1), (4, 2, 2))
     )
 ]
 LIMITS = {torch.bfloat16: 6e-3, torch.float16: 1.5e-3}
