@@ -26,7 +26,8 @@ from pagedserve.step import BlockId, EngineInfo, Join, Slot, Step, StepOutput, T
 from pagedserve.worker import kv_cache
 from pagedserve.worker.gpu_sampler import GpuSampler
 from pagedserve.worker.prompt_logprobs import PromptLogprobs, by_slot
-from pagedserve.worker.sampler import NOT_FINITE, LogprobColumns, logprob_columns
+from pagedserve.worker.results import Results
+from pagedserve.worker.sampler import NOT_FINITE, LogprobColumns
 from pagedserve.worker.stages import Memory, Size, Sizes, Stages
 
 RING = 4  # steps whose buffers are in use: more than are ever in flight
@@ -49,16 +50,16 @@ class GpuStep:
     """A launched step: what of its rows was asked for, and where the results will be."""
 
     buffers: Buffers
-    rows: int  # of the stage
+    layout: Results
     sampled: list[int] | None  # rows that draw; None: all of the step
     slots: list[Slot]  # theirs
-    logprobs: tuple[list[int], LogprobColumns] | None
+    wanted: list[int | None]  # log-probabilities of so many tokens; empty where nobody does
     prompt: list[tuple[Slot, LogprobColumns]]
 
     def result(self) -> StepOutput:
         """Wait, and read the tokens."""
         self.buffers.done.synchronize()
-        drawn, finite = self.buffers.results[: 2 * self.rows].view(2, -1).tolist()
+        drawn, finite = self.layout.drawn(self.buffers.results).tolist()
         if self.sampled is None:
             drawn, finite = drawn[: len(self.slots)], finite[: len(self.slots)]
         else:
@@ -71,14 +72,29 @@ class GpuStep:
                 for slot, good in zip(self.slots, finite, strict=True)
                 if not good
             )
-        if self.logprobs is not None:
-            places, columns = self.logprobs
-            entries: list[TokenLogprobs | None] = [None] * len(self.slots)
-            for place, entry in zip(places, columns.to_entries(), strict=True):
-                entries[place] = entry
-            output.logprobs.extend(entries)
+        if self.wanted:
+            output.logprobs.extend(self._logprobs())
         output.prompt_logprobs.update(by_slot(self.prompt))
         return output
+
+    def _logprobs(self) -> list[TokenLogprobs | None]:
+        """Of the rows that draw, in their order."""
+        places = [at for at, count in enumerate(self.wanted) if count is not None]
+        rows = places if self.sampled is None else [self.sampled[at] for at in places]
+        counts = [self.wanted[at] for at in places]
+        most = max(count for count in counts if count is not None)
+        scores, index = self.layout.scores(self.buffers.results), torch.tensor(rows)
+        columns = LogprobColumns(
+            scores.logprobs[index],
+            scores.ranks[index],
+            scores.top_ids[index, :most],
+            scores.top_logprobs[index, :most],
+            counts,
+        )
+        entries: list[TokenLogprobs | None] = [None] * len(self.slots)
+        for place, entry in zip(places, columns.to_entries(), strict=True):
+            entries[place] = entry
+        return entries
 
 
 class GpuRunner:
@@ -108,7 +124,9 @@ class GpuRunner:
             message=torch.zeros(layout.size, dtype=torch.int32, device=self._device),
             layout=layout,
             inputs=Inputs.on(self._device, rows, tokens, blocks),
-            results=torch.zeros(2 * rows, dtype=torch.int32, device=self._device),
+            results=torch.zeros(
+                Results(rows, scored=True).size, dtype=torch.int32, device=self._device
+            ),
             kv=kv_cache.allocate(spec, info.num_blocks + 1, block_size, model.dtype, self._device),
             block_size=block_size,
             scratch_block=info.num_blocks,
@@ -125,7 +143,6 @@ class GpuRunner:
             eager=config.scheduler.enforce_eager,
         )
         self._prompts = PromptLogprobs(self._memory.token_ids, model.decoder)
-        self._logprobs: dict[Slot, int] = {}
         self._ring = [self._buffers(layout, rows) for _ in range(RING)]
         self._at = 0
 
@@ -177,18 +194,19 @@ class GpuRunner:
         if not all(step.samples):
             sampled = [row for row, samples in enumerate(step.samples) if samples]
             slots = [step.slots[row] for row in sampled]
-        found, prompt = None, []
-        if self._wants_logprobs(step):
-            # Op by op: a graph keeps nothing of what these are taken from.
-            made = self._stages.compute(size, needs)
-            found = self._find_logprobs(made.logits, sampled, slots)
-            prompt = self._prompts.of(step, list(range(len(step.slots))), made.hidden)
+        prompt = []
+        if self._prompts.wanted and not self._prompts.wanted.keys().isdisjoint(step.slots):
+            # Op by op: a graph keeps nothing of the hidden states that these are taken from.
+            hidden = self._stages.compute(size, needs)
+            prompt = self._prompts.of(step, list(range(len(step.slots))), hidden)
         else:
             self._stages.run(size, needs)
-        results = self._memory.results[: 2 * size.rows]
-        buffers.results[: 2 * size.rows].copy_(results, non_blocking=True)
+        layout, wanted = Results(size.rows, needs.scored), self._sampler.wanted
+        used = layout.size
+        buffers.results[:used].copy_(self._memory.results[:used], non_blocking=True)
         buffers.done.record()
-        return GpuStep(buffers, size.rows, sampled, slots, found, prompt)
+        counts = [wanted.get(slot) for slot in slots] if needs.scored else []
+        return GpuStep(buffers, layout, sampled, slots, counts, prompt)
 
     def recover(self) -> None:
         """See `start.Worker`. Graphs hold memory that a step run op by op may need."""
@@ -203,9 +221,6 @@ class GpuRunner:
         row.copy_(tokens, non_blocking=True)
         self._sampler.set(join)
         self._prompts.remember(join)
-        self._logprobs.pop(join.slot, None)
-        if join.params.logprobs is not None:
-            self._logprobs[join.slot] = join.params.logprobs
 
     def _send(self, step: Step, size: Size, buffers: Buffers) -> None:
         """What the stage reads of this step, in one copy."""
@@ -235,27 +250,7 @@ class GpuRunner:
         slots, index, blocks = columns.to(self._device, non_blocking=True)
         self._memory.block_tables[slots, index] = blocks.int()
 
-    def _wants_logprobs(self, step: Step) -> bool:
-        """Whether any of the step's rows asked for log-probabilities, of its answer or prompt."""
-        return not (
-            self._logprobs.keys().isdisjoint(step.slots)
-            and self._prompts.wanted.keys().isdisjoint(step.slots)
-        )
-
-    def _find_logprobs(
-        self, logits: Tensor, sampled: list[int] | None, slots: list[Slot]
-    ) -> tuple[list[int], LogprobColumns] | None:
-        """Of the rows that asked for them, from the logits before any processor."""
-        places = [at for at, slot in enumerate(slots) if slot in self._logprobs]
-        if not places:
-            return None
-        of_step = places if sampled is None else [sampled[at] for at in places]
-        rows = torch.tensor(of_step).to(self._device, non_blocking=True)
-        drawn = self._memory.results[rows].long()
-        wanted: list[int | None] = [self._logprobs[slots[at]] for at in places]
-        return places, logprob_columns(logits[rows].float(), drawn, wanted)
-
     def _buffers(self, layout: Message, rows: int) -> Buffers:
         message = torch.zeros(layout.size, dtype=torch.int32, pin_memory=True)
-        results = torch.zeros(2 * rows, dtype=torch.int32, pin_memory=True)
+        results = torch.zeros(Results(rows, scored=True).size, dtype=torch.int32, pin_memory=True)
         return Buffers(message, message.numpy(), results, torch.cuda.Event())  # type: ignore[no-untyped-call]

@@ -27,6 +27,7 @@ from pagedserve.kernels.sample_gpu import Needs
 from pagedserve.kernels.step_inputs import Inputs, Message
 from pagedserve.models.base import Model
 from pagedserve.worker.gpu_sampler import GpuSampler
+from pagedserve.worker.results import Results
 
 log = logging.getLogger("pagedserve")
 
@@ -53,7 +54,7 @@ class Memory:
     message: Tensor  # [layout.size] int32
     layout: Message
     inputs: Inputs
-    results: Tensor  # [2 · rows] int32
+    results: Tensor  # int32, see `worker.results`
     kv: list[Tensor]
     block_size: int
     scratch_block: int
@@ -67,14 +68,6 @@ class Stage:
     needs: Needs
     graph: torch.cuda.CUDAGraph | None = None
     runs: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """Of one step run op by op: hidden states of all tokens [T, C], logits of all rows [R, V]."""
-
-    hidden: Tensor
-    logits: Tensor
 
 
 @dataclass(slots=True)
@@ -174,8 +167,8 @@ class Stages:
             self.compute(stage.size, stage.needs)
         return graph
 
-    def compute(self, size: Size, needs: Needs) -> Made:
-        """The whole step, op by op."""
+    def compute(self, size: Size, needs: Needs) -> Tensor:
+        """The whole step, op by op. Hidden states of all tokens: [T, C]."""
         memory = self.memory
         inputs = memory.inputs.cut(size.rows, size.tokens)
         step_inputs.make_inputs(
@@ -193,9 +186,13 @@ class Stages:
         last = hidden[inputs.last] if size.mixed else hidden
         logits = self.decoder.head_logits(last)
         drawn, finite = self.sampler.sample(logits, inputs.slots, inputs.places, needs)
-        results = memory.results[: 2 * size.rows]
-        step_inputs.append(drawn, finite, inputs, memory.token_ids, results)
-        return Made(hidden, logits)
+        results = Results(size.rows, needs.scored)
+        if needs.scored:
+            scores = results.scores(memory.results)
+            self.sampler.score(logits, drawn, inputs.slots, scores)
+        tokens = results.drawn(memory.results)
+        step_inputs.append(drawn, finite, inputs, memory.token_ids, tokens)
+        return hidden
 
 
 def batch_of(size: Size, inputs: Inputs, block_size: int) -> Batch:

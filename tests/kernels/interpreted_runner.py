@@ -25,6 +25,7 @@ from pagedserve.request import SamplingParams
 from pagedserve.step import BlockId, Join, Slot, Step
 from pagedserve.worker import gpu_runner
 from pagedserve.worker.gpu_runner import Buffers, GpuRunner
+from pagedserve.worker.results import Results
 from pagedserve.worker.runner import Runner
 from pagedserve.worker.start import Worker, make, settle
 from tests.checkpoints import tiny_checkpoint
@@ -51,7 +52,8 @@ class Interpreted(GpuRunner):
     def _buffers(self, layout: Message, rows: int) -> Buffers:
         message = torch.zeros(layout.size, dtype=torch.int32)
         done = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
-        return Buffers(message, message.numpy(), torch.zeros(2 * rows, dtype=torch.int32), done)
+        results = torch.zeros(Results(rows, scored=True).size, dtype=torch.int32)
+        return Buffers(message, message.numpy(), results, done)
 
 
 @pytest.fixture

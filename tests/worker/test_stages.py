@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from pagedserve.kernels.sample_gpu import Needs  # noqa: E402
-from pagedserve.worker.stages import Made, Size, Sizes, Stage, Stages  # noqa: E402
+from pagedserve.worker.stages import Size, Sizes, Stage, Stages  # noqa: E402
 
 NEEDS = Needs(drawn=False, filtered=False, processed=False)
 SMALL, LARGE = Size(1, 1, mixed=False), Size(2, 16, mixed=True)
@@ -35,7 +35,7 @@ class Watched(Stages):
         super().__init__(nothing, cast(Any, decoder), nothing, nothing, Sizes(2, 16), eager=False)
         self.cannot, self.error, self.done = cannot, error, []
 
-    def compute(self, size: Size, needs: Needs) -> Made:
+    def compute(self, size: Size, needs: Needs) -> torch.Tensor:
         self.done.append(("compute", size))
         return cast(Any, None)
 
