@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pagedserve.commands import bench, convert, models, pull, tune
+from pagedserve.commands import bench, convert, models, plan, pull, tune
 from pagedserve.commands.console import Console, drop_output, say, write
 from pagedserve.config import Config, add_flags
 from pagedserve.errors import PagedServeError
@@ -84,6 +84,10 @@ def parser() -> argparse.ArgumentParser:
     bench_ = commands.add_parser("bench", help="measure the engine, a server or its start")
     bench.add_flags(bench_)
     bench_.set_defaults(command=bench.run)
+
+    plan_ = commands.add_parser("plan", help="say how a model's memory would be shared out")
+    plan.add_flags(plan_)
+    plan_.set_defaults(command=plan.run)
 
     models_ = commands.add_parser("models", help="list the architectures that can be served")
     models.add_flags(models_)

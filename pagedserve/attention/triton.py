@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pagedserve.attention.base import Most
 from pagedserve.attention.batch import Batch
 from pagedserve.device import Device
 from pagedserve.kernels import kv_write, paged_decode, paged_prefill, paged_prefill_wgmma
@@ -27,6 +28,7 @@ from pagedserve.spec import Attn
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SIZE = 256  # numbers of a head
+PREFILL_BYTES = 36  # of a plan, for each of its tiles, which have a token at least
 MAX_LATENT, MAX_ROTATED = 512, 128  # numbers of a latent's values, and of its keys beyond them
 
 
@@ -39,6 +41,8 @@ class Processors:
 
     @classmethod
     def of(cls, device: torch.device) -> Processors:
+        if device.type != "cuda":  # an outline: of the largest that there are
+            return cls(132, (9, 0))
         found = torch.cuda.get_device_properties(device)
         return cls(found.multi_processor_count, (found.major, found.minor))
 
@@ -87,6 +91,19 @@ class TritonAttention:
             return f"heads of {attn.head_dim} numbers in {kv_dtype} are too large"
         return None
 
+    def workspace_bytes(self, attns: list[Attn], most: Most, kv_dtype: torch.dtype) -> int:
+        """See `AttentionBackend`. Every shape has a plan of its own, alive for the whole step."""
+        shapes = {shape_of(attn, most.block_size, kv_dtype) for attn in attns}
+        count, capability = self.processors.count, self.processors.capability
+        total = 0
+        for shape in shapes:
+            tuning = paged_decode.tune(shape, count, capability)
+            plan = DecodePlan.on(torch.device("meta"), shape, tuning, most.rows)
+            total += plan.starts.nbytes + plan.bins.nbytes + plan.counters.nbytes
+            total += plan.parts.nbytes + plan.sums.nbytes
+            total += (most.tokens + most.rows) * PREFILL_BYTES
+        return total
+
     def plan(self, batch: Batch) -> TritonPlan:
         """See `AttentionBackend`."""
         return TritonPlan(batch)
@@ -108,7 +125,7 @@ class TritonAttention:
             kv_write.kv_write(kv, plan.batch.slot_mapping, k, v)
         q = kv_write.rows(q)
         out = q.new_empty((q.shape[0], attn.heads, attn.values_in_keys or attn.head_dim))
-        shape = shape_of(attn, kv)
+        shape = shape_of(attn, kv.shape[2], kv.dtype)
         if plan.some_decode:
             self._decode(q, kv, out, plan, shape, attn, slopes, sinks)
         if plan.some_prefill:
@@ -208,8 +225,8 @@ class TritonAttention:
         return work
 
 
-def shape_of(attn: Attn, kv: Tensor) -> Shape:
-    """What the kernels are compiled for. kv: the layer's view of the cache."""
+def shape_of(attn: Attn, block_size: int, kv_dtype: torch.dtype) -> Shape:
+    """What the kernels are compiled for."""
     width = attn.values_in_keys or attn.head_dim
     return Shape(
         kv_heads=attn.kv_heads,
@@ -217,8 +234,8 @@ def shape_of(attn: Attn, kv: Tensor) -> Shape:
         width=width,
         rest=attn.head_dim - width,
         latent=attn.values_in_keys is not None,
-        page=kv.shape[2],
-        itemsize=max(2, kv.element_size()),
+        page=block_size,
+        itemsize=max(2, kv_dtype.itemsize),
         window=attn.window or 0,
         chunk=attn.chunk or 0,
     )

@@ -435,6 +435,24 @@ class DecodePlan:
     parts: Tensor
     sums: Tensor
 
+    @classmethod
+    def on(cls, device: torch.device, shape: Shape, tuning: Tuning, rows: int) -> DecodePlan:
+        """Memory for so many rows."""
+        parts = 2 * tuning.bins * shape.lanes * min(shape.group, shape.block_h)
+
+        def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        return cls(
+            shape,
+            tuning,
+            starts=empty(rows + 1),
+            bins=empty(tuning.bins, FIELDS.value),
+            counters=empty(rows * shape.lanes),
+            parts=empty(parts * shape.width, dtype=torch.float32),
+            sums=empty(parts * 2, dtype=torch.float32),
+        )
+
 
 def plan_decode(
     shape: Shape, tuning: Tuning, seq_lens: Tensor, query_start_loc: Tensor
@@ -445,18 +463,7 @@ def plan_decode(
     a graph that captures this plans anew at every replay.
     """
     rows = seq_lens.shape[0]
-    heads = min(shape.group, shape.block_h)
-    parts = 2 * tuning.bins * shape.lanes * heads
-    where = seq_lens.device
-    plan = DecodePlan(
-        shape,
-        tuning,
-        starts=torch.empty(rows + 1, dtype=torch.int32, device=where),
-        bins=torch.empty((tuning.bins, FIELDS.value), dtype=torch.int32, device=where),
-        counters=torch.empty(rows * shape.lanes, dtype=torch.int32, device=where),
-        parts=torch.empty(parts * shape.width, dtype=torch.float32, device=where),
-        sums=torch.empty(parts * 2, dtype=torch.float32, device=where),
-    )
+    plan = DecodePlan.on(seq_lens.device, shape, tuning, rows)
     plan_decode_kernel[(1,)](
         seq_lens,
         query_start_loc,

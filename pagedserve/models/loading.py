@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pagedserve.config import ModelConfig
 from pagedserve.device import Device
 from pagedserve.errors import StartupError
 from pagedserve.models import config_json, generation_config
@@ -16,7 +17,7 @@ from pagedserve.models.architectures import is_native, spec_of
 from pagedserve.models.assembly import assemble
 from pagedserve.models.base import Model
 from pagedserve.models.custom import run_architecture_file
-from pagedserve.models.weights import Checkpoint, Dummy, Source
+from pagedserve.models.weights import Checkpoint, Dummy, Shapes, Source
 from pagedserve.spec import DecoderSpec, ModelShape
 
 
@@ -71,6 +72,11 @@ def load_model(
         limit = context_limit(spec, context)
         source = weights(directory, spec, load_format, seed, device, on_progress)
         decoder = assemble(spec, source, device=device, dtype=wanted, context=limit)
+    elif device.torch.type == "meta":
+        raise StartupError(
+            f"{directory} is computed by the modeling of transformers, whose memory nothing tells "
+            "but its start"
+        )
     else:
         from pagedserve.models.fallback.load import Asked, load_fallback  # transformers is slow
 
@@ -91,6 +97,29 @@ def load_model(
     )
 
 
+def load_configured(
+    asked: ModelConfig,
+    directory: Path,
+    device: Device,
+    on_progress: Callable[[str], None] = lambda phase: None,
+) -> LoadedModel:
+    """`load_model` as a configuration says."""
+    return load_model(
+        directory,
+        dtype=asked.dtype,
+        device=device,
+        load_format=asked.load_format,
+        seed=asked.seed,
+        context=asked.max_model_len,
+        hf_overrides=asked.hf_overrides,
+        model_impl=asked.model_impl,
+        architecture_file=asked.architecture_file,
+        generation_source=asked.generation_config,
+        generation_override=asked.override_generation_config,
+        on_progress=on_progress,
+    )
+
+
 def weights(
     directory: Path,
     spec: DecoderSpec,
@@ -100,6 +129,8 @@ def weights(
     on_progress: Callable[[str], None],
 ) -> Source:
     """Where the decoder's weights come from."""
+    if device.torch.type == "meta":
+        return Shapes()
     if load_format == "dummy":
         on_progress("filling weights with random numbers")
         return Dummy(seed, device.torch)

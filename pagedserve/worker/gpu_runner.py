@@ -9,7 +9,7 @@ buffers, so that a step in flight is not written over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from pagedserve.worker.gpu_sampler import GpuSampler
 from pagedserve.worker.prompt_logprobs import PromptLogprobs, by_slot
 from pagedserve.worker.results import Results
 from pagedserve.worker.sampler import NOT_FINITE, LogprobColumns
-from pagedserve.worker.stages import Memory, Size, Sizes, Stages
+from pagedserve.worker.sizes import Limits, Size
+from pagedserve.worker.stages import Memory, Stages
 
 RING = 4  # steps whose buffers are in use: more than are ever in flight
 MAX_GROWTHS = 8192  # of one message; what is beyond goes in a copy of its own
@@ -97,6 +98,44 @@ class GpuStep:
         return entries
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a runner keeps on the GPU beside weights and cache."""
+
+    memory: Memory
+    sampler: GpuSampler
+
+
+def permanent(
+    limits: Limits,
+    vocab_size: int,
+    eos_token_ids: list[int],
+    block_size: int,
+    device: torch.device,
+) -> Rows:
+    """Rows of no sequence yet, and no cache. On the meta device, to be counted."""
+    rows, tokens = limits.sizes.largest()
+    slots, length = limits.max_num_seqs + 1, limits.max_model_len + 1
+    blocks = -(-length // block_size)
+    layout = Message(rows, MAX_GROWTHS)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    memory = Memory(
+        token_ids=zeros(slots, length, dtype=torch.int64),
+        block_tables=zeros(slots, blocks),
+        message=zeros(layout.size),
+        layout=layout,
+        inputs=Inputs.on(device, rows, tokens, blocks),
+        results=zeros(Results(rows, scored=True).size),
+        kv=[],
+        block_size=block_size,
+        scratch_block=0,
+    )
+    return Rows(memory, GpuSampler(memory.token_ids, rows, vocab_size, eos_token_ids))
+
+
 class GpuRunner:
     """Model, cache, permanent rows and stages on one GPU."""
 
@@ -110,40 +149,28 @@ class GpuRunner:
     ):
         self.info = info
         self._model, self._place, self._device = model, device, device.torch
-        spec, block_size, slots = model.spec, config.cache.block_size, info.max_num_seqs + 1
-        sizes = Sizes(info.max_num_seqs, info.max_num_batched_tokens)
-        rows, tokens = sizes.largest()
-        blocks = -(-(info.max_model_len + 1) // block_size)
-        token_ids = torch.zeros((slots, info.max_model_len + 1), dtype=torch.int64)
-        tables = torch.zeros((slots, blocks), dtype=torch.int32)
-        tables[-1] = info.num_blocks  # the scratch slot's only block
-        layout = Message(rows, MAX_GROWTHS)
-        self._memory = Memory(
-            token_ids=token_ids.to(self._device),
-            block_tables=tables.to(self._device),
-            message=torch.zeros(layout.size, dtype=torch.int32, device=self._device),
-            layout=layout,
-            inputs=Inputs.on(self._device, rows, tokens, blocks),
-            results=torch.zeros(
-                Results(rows, scored=True).size, dtype=torch.int32, device=self._device
-            ),
-            kv=kv_cache.allocate(spec, info.num_blocks + 1, block_size, model.dtype, self._device),
-            block_size=block_size,
-            scratch_block=info.num_blocks,
+        limits = Limits(info.max_num_seqs, info.max_num_batched_tokens, info.max_model_len)
+        block_size = config.cache.block_size
+        kv = kv_cache.allocate(
+            model.spec, info.num_blocks + 1, block_size, model.dtype, self._device
         )
-        self._sampler = GpuSampler(
-            self._memory.token_ids, rows, spec.vocab_size, info.eos_token_ids
+        rows = permanent(
+            limits, model.spec.vocab_size, info.eos_token_ids, block_size, device.torch
         )
+        # The scratch slot's only block is the last one.
+        self._memory = replace(rows.memory, kv=kv, scratch_block=info.num_blocks)
+        self._memory.block_tables[-1] = info.num_blocks
+        self._sampler, layout = rows.sampler, self._memory.layout
         self._stages = Stages(
             self._memory,
             model.decoder,
             backend,
             self._sampler,
-            sizes,
+            limits.sizes,
             eager=config.scheduler.enforce_eager,
         )
         self._prompts = PromptLogprobs(self._memory.token_ids, model.decoder)
-        self._ring = [self._buffers(layout, rows) for _ in range(RING)]
+        self._ring = [self._buffers(layout, layout.rows) for _ in range(RING)]
         self._at = 0
 
     def warm_up(self) -> None:

@@ -40,7 +40,8 @@ def check(mixed: bool, choice: random.Random, *, most_rows: int, num_slots: int)
     counts = [choice.randint(1, 9) if mixed else 1 for _ in slots]
     samples = [choice.random() < 0.6 for _ in slots]
     grown = {
-        (choice.randrange(num_slots), choice.randrange(BLOCKS)) for _ in range(choice.choice([0, 5]))
+        (choice.randrange(num_slots), choice.randrange(BLOCKS))
+        for _ in range(choice.choice([0, 5]))
     }
     rows = real + choice.randint(1, 3)
     tokens = sum(counts) + choice.randint(0, 70) if mixed else rows

@@ -71,7 +71,9 @@ def test_no_part_of_the_results_lies_on_another(rows: int) -> None:
     parts = [layout.drawn(flat), scores.logprobs, scores.ranks, scores.top_ids]
     for value, part in enumerate([*parts, scores.top_logprobs], 1):
         assert not part.any() and part.data_ptr() % 4 == 0
-        assert part.data_ptr() - flat.data_ptr() < 16 or not (part.data_ptr() - flat.data_ptr()) % 16
+        assert (
+            part.data_ptr() - flat.data_ptr() < 16 or not (part.data_ptr() - flat.data_ptr()) % 16
+        )
         part.fill_(value)
     assert layout.drawn(flat).tolist() == [[1] * rows] * 2
     assert (scores.logprobs == 2).all() and (scores.ranks == 3).all()

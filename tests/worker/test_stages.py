@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from pagedserve.kernels.sample_gpu import Needs  # noqa: E402
-from pagedserve.worker.stages import Size, Sizes, Stage, Stages  # noqa: E402
+from pagedserve.worker.sizes import Size, Sizes  # noqa: E402
+from pagedserve.worker.stages import Stage, Stages  # noqa: E402
 
 NEEDS = Needs(drawn=False, filtered=False, processed=False)
 SMALL, LARGE = Size(1, 1, mixed=False), Size(2, 16, mixed=True)
