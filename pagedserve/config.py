@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pagedserve.errors import StartupError
+from pagedserve.limits import Limits
 
 DEMO_MODEL = str(Path(__file__).parent / "demo")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -153,6 +154,11 @@ class ServerConfig:
     )
     request_timeout: float = option(0.0, "seconds a request may take in all; 0 is no limit", low=0)
     max_body_bytes: int = option(16 << 20, "longest request body", low=1024)
+    limits: dict[str, Any] | None = option(
+        None,
+        'JSON object of limits on what one request may have, such as \'{"n": 4, "prompts": 8}\'; '
+        "docs/api.md lists them",
+    )
     shutdown_timeout: float = option(
         30.0, "seconds that running requests get to finish after Ctrl-C or SIGTERM", low=0
     )
@@ -203,6 +209,7 @@ class Config:
             check_value(option_, value)
         if self.cache.gpu_memory_utilization > 1:
             raise StartupError("gpu_memory_utilization must be at most 1")
+        Limits.of(self.server.limits)
         if self.server.port > 65535:
             raise StartupError("port must be at most 65535")
 
@@ -308,6 +315,27 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagedserve"
 
 
+def kernel_directories() -> tuple[Path, ...]:
+    """Where compiled C++ and CUDA kernels may lie: PAGEDSERVE_KERNELS_DIR, then the cache.
+
+    What is compiled by a start goes into the last.
+    """
+    ahead = os.environ.get("PAGEDSERVE_KERNELS_DIR")
+    return (*([Path(ahead)] if ahead else []), cache_directory() / "kernels")
+
+
+def triton_cache_directory() -> Path | None:
+    """Where Triton keeps compiled kernels; None where its own variables say so."""
+    if os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME"):
+        return None
+    return cache_directory() / "triton"
+
+
 def cpu_kernels_wanted() -> bool:
     """False where PAGEDSERVE_CPU_KERNELS is "off": torch's ops instead of ours, to compare them."""
     return os.environ.get("PAGEDSERVE_CPU_KERNELS") != "off"
+
+
+def cuda_kernels_wanted() -> bool:
+    """True where PAGEDSERVE_CUDA_KERNELS is "on": CUDA C++ instead of Triton for a few rows."""
+    return os.environ.get("PAGEDSERVE_CUDA_KERNELS") == "on"

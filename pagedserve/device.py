@@ -19,7 +19,7 @@ from torch import dtype as Dtype
 
 from pagedserve import config
 from pagedserve.errors import StartupError
-from pagedserve.kernels import cpu, cpu_matrix, reference
+from pagedserve.kernels import cpu, cpu_matrix, paged_decode_cuda, reference
 from pagedserve.kernels.experts import Experts, ExpertWeights, LoopedExperts
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
 from pagedserve.kernels.ops import HeadOps, Ops
@@ -172,6 +172,8 @@ class Cuda:
         # 2.11, H200; an unaligned view of the mask is suspected). It also builds a graph for every
         # new shape, and ours never repeat. torch's other forms compute the same.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if torch.cuda.get_device_capability(self.torch) == paged_decode_cuda.CAPABILITY:
+            paged_decode_cuda.build_behind()
 
     def memory(self) -> Memory:
         free, total = torch.cuda.mem_get_info(self.torch)

@@ -37,7 +37,7 @@ FLOORS = (
     ("attention",),
     ("quant", "dist", "device", "text"),
     ("kernels",),
-    ("config", "request", "step", "spec", "errors", "version"),
+    ("config", "limits", "request", "step", "spec", "errors", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS = FLOORS[-1]

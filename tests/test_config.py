@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pagedserve.config import (
     add_flags,
     api_key_from_environment,
     each_option,
+    triton_cache_directory,
 )
 from pagedserve.errors import StartupError
 
@@ -99,3 +101,16 @@ def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert api_key_from_environment() is None
     monkeypatch.setenv("PAGEDSERVE_API_KEY", "k")
     assert api_key_from_environment() == "k"
+
+
+def test_compiled_kernels_are_kept_with_ours_unless_triton_is_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PAGEDSERVE_CACHE_DIR", "/somewhere")
+    assert triton_cache_directory() == Path("/somewhere/triton")
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "/elsewhere")
+            assert triton_cache_directory() is None

@@ -26,6 +26,7 @@ from pagedserve.engine import phases
 from pagedserve.engine.client import EngineClient
 from pagedserve.engine.watch import Recovery
 from pagedserve.errors import PagedServeError, StartupError
+from pagedserve.limits import Limits
 
 if TYPE_CHECKING:
     import uvicorn
@@ -203,7 +204,7 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
     """A uvicorn server that leaves signals and logging to us, and cuts readers that stall."""
     import uvicorn
 
-    from pagedserve.api.protocol import BoundedHeads
+    from pagedserve.api.protocol import bounded_heads
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -228,7 +229,7 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
     return Server(
         uvicorn.Config(
             app,
-            http=BoundedHeads,
+            http=bounded_heads(Limits.of(config.limits).head_bytes),
             log_config=None,
             access_log=config.access_log,
             lifespan="off",

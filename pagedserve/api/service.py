@@ -28,10 +28,10 @@ from pagedserve.engine.watch import TICK_SECONDS
 from pagedserve.errors import (
     ContextLengthExceeded,
     PagedServeError,
-    RequestError,
     StartupError,
     UnavailableError,
 )
+from pagedserve.limits import Limits
 from pagedserve.models.generation_config import GenerationConfig
 from pagedserve.request import Request, SamplingParams, check_prompt, check_vocabulary, choice_seed
 from pagedserve.text.chat import ChatTemplate
@@ -42,7 +42,6 @@ log = logging.getLogger("pagedserve")
 
 T = TypeVar("T")
 
-MAX_SEQUENCES = 1024  # of one HTTP request: prompts times n
 INLINE_BYTES = 4096  # the text of bodies up to here is tokenised faster than a thread is reached
 
 
@@ -55,6 +54,7 @@ class Service:
 
     def __init__(self, config: Config, client: EngineClient):
         self.config = config
+        self.limits = Limits.of(config.server.limits)
         self.client = client
         self.model_name = served_name(config)
         self.admission = Admission(config.server)
@@ -326,14 +326,6 @@ class Service:
 
     def _stream(self, request: Request) -> TextStream:
         return TextStream(self.tokenizer, request.params, request.prompt_token_ids)
-
-
-def check_num_sequences(total: int) -> None:
-    """Raise RequestError for a request of too many sequences."""
-    if total > MAX_SEQUENCES:
-        raise RequestError(
-            f"prompts times n is {total}; at most {MAX_SEQUENCES} are allowed", param="n"
-        )
 
 
 async def in_thread_if(large: bool, function: Callable[..., T], *args: Any) -> T:

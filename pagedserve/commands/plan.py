@@ -87,7 +87,7 @@ def outline(wanted: str, size: float | None) -> Outline:
 
 def lines(plan: MemoryPlan, device: Outline) -> list[str]:
     """The table, for people."""
-    from pagedserve.worker.memory import gib
+    from pagedserve.worker.memory import shown
 
     limits = plan.limits
     texts = {
@@ -101,22 +101,20 @@ def lines(plan: MemoryPlan, device: Outline) -> list[str]:
     }
     if not device.is_gpu:
         texts["others"] = "taken already"
-    shown = [f"{gib(plan.total):>9} GiB  {device.name}"]
-    shown += [
-        f"{gib(size):>9}      {name:10} {texts[name]}".rstrip()
+    table = [f"{shown(plan.total):>12}  {device.name}"]
+    table += [
+        f"{shown(size):>12}    {name:9} {texts[name]}".rstrip()
         for name, size in plan.items().items()
         if size
     ]
     per_token = plan.block_bytes / plan.block_size / 1024
-    shown.append("")
-    shown.append(
-        f"a token takes {per_token:.4g} KiB of the KV cache, which holds {plan.num_tokens}"
-    )
-    shown.append(
+    table += [
+        "",
+        f"a token takes {per_token:.4g} KiB of the KV cache, which holds {plan.num_tokens}",
         f"context {limits.max_model_len} tokens, {limits.max_num_seqs} sequences and "
-        f"{limits.max_num_batched_tokens} tokens a step"
-    )
-    return [*shown, *plan.notes]
+        f"{limits.max_num_batched_tokens} tokens a step",
+    ]
+    return [*table, *plan.notes]
 
 
 def plain(plan: MemoryPlan) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pagedserve.engine.loop import Engine
 from pagedserve.engine.scheduler import Scheduler
 from pagedserve.errors import PagedServeError, StartupError, shorten
 from pagedserve.kernels import extension
+from pagedserve.kernels.driver import EarlyContext
 
 if TYPE_CHECKING:
     from pagedserve.executor.local import LocalExecutor
@@ -66,6 +67,7 @@ def main(fd: int, parent: int = 0) -> int:
 def serve(channel: Channel) -> None:
     """Start up, report ready, run until told to stop."""
     report(channel, "import torch")
+    context = EarlyContext()
     # A first start compiles the CPU's kernels: on another core, while torch is imported here.
     threading.Thread(target=extension.load, daemon=True).start()
     # Imported while the API process still resolves the model: the two take about as long.
@@ -76,6 +78,8 @@ def serve(channel: Channel) -> None:
         return
     executor = executor_class(config, lambda phase, detail: report(channel, phase, detail))
     info = executor.start()
+    if not info.asynchronous:
+        context.give_back()
     scheduler = Scheduler(
         BlockPool(info.num_blocks, caching=config.cache.enable_prefix_caching),
         block_size=config.cache.block_size,

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagedserve.kernels.aot import Variant
+from pagedserve.kernels.aot import Variant, older
+from pagedserve.kernels.launch import dependent, launch_dependents, wait
 
 HEADER = 4
 TOKENS = 64  # of one program
@@ -124,8 +125,11 @@ def rows_kernel(
     table_stride,
     ROWS: tl.constexpr,
     GROWTHS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program. rows: of the graph, ≤ ROWS; scratch: the scratch slot."""
+    launch_dependents(PDL)
+    wait(PDL)
     real = tl.load(message)
     grown = tl.load(message + 1)
     base = message + 4 + 4 * message_rows
@@ -168,8 +172,11 @@ def tables_kernel(
     row_stride,
     PAGE: tl.constexpr,
     TABLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Row program_id(0), entries program_id(1) · TABLE …: those that its context needs."""
+    launch_dependents(PDL)
+    wait(PDL)
     row = tl.program_id(0)
     first = tl.program_id(1) * TABLE
     blocks = tl.cdiv(tl.load(seq_lens + row), PAGE)
@@ -199,8 +206,11 @@ def tokens_kernel(
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Tokens program_id(0) · TOKENS … ROWS: how many are looked at together."""
+    launch_dependents(PDL)
+    wait(PDL)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.zeros([TOKENS], tl.int32)
     for first in range(0, rows, ROWS):
@@ -226,9 +236,20 @@ def tokens_kernel(
 
 @triton.jit
 def append_kernel(
-    drawn, finite, targets, places, token_ids, results, rows, id_stride, ROWS: tl.constexpr
+    drawn,
+    finite,
+    targets,
+    places,
+    token_ids,
+    results,
+    rows,
+    id_stride,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program. results: [2, rows] int32, tokens, then whether their logits were finite."""
+    launch_dependents(PDL)
+    wait(PDL)
     r = tl.arange(0, ROWS)
     inside = r < rows
     token = tl.load(drawn + r, mask=inside)
@@ -276,6 +297,7 @@ def make_inputs(
         ROWS=wide,
         GROWTHS=GROWTHS,
         num_warps=warps(wide),
+        **dependent(message),
     )
     tables_kernel[(rows, triton.cdiv(tables.shape[1], TABLE))](
         inputs.slots,
@@ -286,6 +308,7 @@ def make_inputs(
         inputs.block_tables.stride(0),
         PAGE=page,
         TABLE=TABLE,
+        **dependent(message),
     )
     tokens_kernel[(triton.cdiv(tokens, TOKENS),)](
         inputs.query_start_loc,
@@ -304,6 +327,7 @@ def make_inputs(
         PAGE=page,
         ROWS=min(wide, ROWS),
         TOKENS=TOKENS,
+        **dependent(message),
     )
 
 
@@ -324,6 +348,7 @@ def append(
         token_ids.stride(0),
         ROWS=wide,
         num_warps=warps(wide),
+        **dependent(drawn),
     )
 
 
@@ -356,7 +381,13 @@ def variant(kernel: object, constants: dict[str, int]) -> Variant:
     label = f"step inputs, {kernel.fn.__name__}"  # type: ignore[attr-defined]
     rows = constants.get("ROWS", 1)
     return Variant(
-        f"{label} of {rows} rows", kernel, types, constants, unaligned=SIZES, num_warps=warps(rows)
+        f"{label} of {rows} rows",
+        kernel,
+        types,
+        constants | {"PDL": True},
+        unaligned=SIZES,
+        num_warps=warps(rows),
+        capability=90,
     )
 
 
@@ -368,3 +399,4 @@ AOT = [
     variant(append_kernel, {"ROWS": 256}),
     variant(append_kernel, {"ROWS": MAX_ROWS}),
 ]
+AOT += [older(each) for each in AOT]

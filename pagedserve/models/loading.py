@@ -17,6 +17,8 @@ from pagedserve.models.architectures import is_native, spec_of
 from pagedserve.models.assembly import assemble
 from pagedserve.models.base import Model
 from pagedserve.models.custom import run_architecture_file
+from pagedserve.models.ring import CudaUploads, Ring
+from pagedserve.models.shards import Files
 from pagedserve.models.weights import Checkpoint, Dummy, Shapes, Source
 from pagedserve.spec import DecoderSpec, ModelShape
 
@@ -135,7 +137,9 @@ def weights(
         on_progress("filling weights with random numbers")
         return Dummy(seed, device.torch)
     on_progress("loading weights")
-    return Checkpoint(directory, spec, on_progress)
+    return Checkpoint(
+        directory, spec, on_progress, Ring(CudaUploads()) if device.is_gpu else Files()
+    )
 
 
 def context_limit(spec: ModelShape, asked: int | None) -> int:

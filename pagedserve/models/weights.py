@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -23,10 +24,10 @@ from pagedserve.spec import DecoderSpec
 log = logging.getLogger("pagedserve")
 
 DUMMY_RANGE = 1e-3  # small enough that deep random models stay finite in 16 bits
-# What is cast, turned or moved passes through memory of this size: small enough to be still in a
-# core's cache when it is cast, large enough for a copy to a device to be worth its start.
+# What is cast or turned passes through memory of this size, on the device where it stays: on a CPU
+# small enough to be still in a core's cache, on a GPU large enough for its threads and the ring's.
 STAGING_BYTES = 1 << 20
-DEVICE_STAGING_BYTES = 8 << 20
+GPU_STAGING_BYTES = 64 << 20
 # Tensors that old checkpoints hold and every implementation computes: not worth a word.
 KNOWN_BUFFERS = re.compile(
     r"rotary_emb|inv_freq|causal_mask|(attn|attention)\.(masked_)?bias$", re.IGNORECASE
@@ -55,8 +56,36 @@ class Source(Protocol):
         """
         ...
 
+    def together(self) -> AbstractContextManager[None]:
+        """Inside, what was read may be looked at only after the end: so threads need not stop
+        between one tensor and the next."""
+        ...
+
     def finish(self) -> None:
         """Raise StartupError unless what was asked for and what was there are the same."""
+        ...
+
+
+class Reading(Protocol):
+    """Brings bytes of files to where tensors stay: `shards.Files` on a CPU, else `ring.Ring`."""
+
+    def read(self, stored: Stored, into: Tensor, *, skip: int = 0, later: bool = False) -> None:
+        """Fill `into`, contiguous, with bytes of `stored` from its byte `skip` on.
+
+        `later`: it need not be whole before `settle`.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Make whole what was read `later`."""
+        ...
+
+    def check(self) -> None:
+        """Raise StartupError where a file changed while it was read."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
         ...
 
 
@@ -80,6 +109,9 @@ class Dummy:
         else:
             into.random_(0, 128, generator=self.generator)  # fits every integer dtype
 
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def finish(self) -> None:
         return None
 
@@ -98,6 +130,9 @@ class Shapes:
     ) -> None:
         assert into.is_meta, "a tensor with numbers would keep what was there before"
 
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def finish(self) -> None:
         return None
 
@@ -105,11 +140,18 @@ class Shapes:
 class Checkpoint:
     """The safetensors files of a directory, read as the model asks, never as a whole.
 
-    `on_progress` hears of every tenth of the bytes. Raises StartupError for everything that
-    `shards.stored_tensors` finds wrong, before anything is read.
+    `files` reads them, `shards.Files` if left out. `on_progress` hears of every tenth of the bytes.
+    Raises StartupError for everything that `shards.stored_tensors` finds wrong, before anything is
+    read.
     """
 
-    def __init__(self, directory: Path, spec: DecoderSpec, on_progress: Callable[[str], None]):
+    def __init__(
+        self,
+        directory: Path,
+        spec: DecoderSpec,
+        on_progress: Callable[[str], None],
+        files: Reading | None = None,
+    ):
         self.directory = directory
         self.on_progress = on_progress
         found = renamed(stored_tensors(directory), spec, directory)
@@ -122,7 +164,8 @@ class Checkpoint:
         self.num_bytes = sum(self.tensors[name].num_bytes for name in self.used)
         self.bytes_read = 0
         self.tenths = 0
-        self.files = Files()
+        self.files = files or Files()
+        self.later = False  # True within `together`
         self.staging = torch.empty(0, dtype=torch.uint8)
 
     def has(self, name: str) -> bool:
@@ -146,8 +189,19 @@ class Checkpoint:
             self.unread.discard(name)
             self.report(stored.num_bytes)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        before, self.later = self.later, True
+        try:
+            yield
+            self.files.settle()
+        finally:
+            self.later = before
+
     def finish(self) -> None:
+        self.files.check()
         self.files.close()
+        self.staging = torch.empty(0, dtype=torch.uint8)
         if self.missing:
             raise StartupError(
                 f"{self.directory} lacks {len(self.missing)} tensors that its config.json needs: "
@@ -193,7 +247,7 @@ class Checkpoint:
     def move(self, stored: Stored, into: Tensor, transposed: bool, rows: Tensor | None) -> None:
         """Bring the bytes of `stored` to `into`: straight where that is all, else in pieces.
 
-        The one place where weights move; `Files.read` may run in several threads.
+        The one place where weights move.
         """
         begin, end = 0, (*stored.shape, 1)[0]
         by_row = not transposed or len(stored.shape) > 2  # `rows` select what lies together
@@ -204,15 +258,15 @@ class Checkpoint:
         dtype = DTYPES[stored.dtype]
         row_bytes = stored.num_bytes // (*stored.shape, 1)[0]
         plain = rows is None and not transposed and into.dtype is dtype
-        if plain and into.device.type == "cpu" and into.is_contiguous():
-            self.files.read(stored, into, skip=begin * row_bytes)
+        if plain and into.is_contiguous():
+            self.files.read(stored, into, skip=begin * row_bytes, later=self.later)
             return
         target = into.transpose(-2, -1) if transposed else into
-        piece_bytes = STAGING_BYTES if into.device.type == "cpu" else DEVICE_STAGING_BYTES
+        piece_bytes = STAGING_BYTES if into.device.type == "cpu" else GPU_STAGING_BYTES
         step = max(1, piece_bytes // row_bytes)
         for first in range(begin, end, step):
             last = min(first + step, end)
-            piece = self.staged((last - first) * row_bytes)
+            piece = self.staged((last - first) * row_bytes, into.device)
             self.files.read(stored, piece, skip=first * row_bytes)
             part = piece.view(dtype).view(last - first, *stored.shape[1:])
             if rows is None:
@@ -220,14 +274,15 @@ class Checkpoint:
                 target.view(target.shape or (1,))[at].copy_(part)
             elif by_row:
                 (where,) = ((rows >= first) & (rows < last)).nonzero(as_tuple=True)
-                target[where.to(into.device)] = part[rows[where] - first].to(into)
+                picked = (rows[where] - first).to(into.device)
+                target[where.to(into.device)] = part[picked].to(into.dtype)
             else:
-                target[first:last].copy_(part[:, rows])
+                target[first:last].copy_(part[:, rows.to(into.device)])
 
-    def staged(self, num_bytes: int) -> Tensor:
+    def staged(self, num_bytes: int, device: torch.device) -> Tensor:
         """So many bytes of the one staging buffer."""
-        if self.staging.numel() < num_bytes:
-            self.staging = torch.empty(num_bytes, dtype=torch.uint8)
+        if self.staging.numel() < num_bytes or self.staging.device != device:
+            self.staging = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return self.staging[:num_bytes]
 
     def report(self, num_bytes: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from pagedserve.attention.base import AttentionBackend
 from pagedserve.config import Config
 from pagedserve.device import Device
+from pagedserve.kernels.sample_gpu import Needs
 from pagedserve.kernels.step_inputs import HEADER, Inputs, Message
 from pagedserve.models.loading import LoadedModel
 from pagedserve.request import SamplingParams
@@ -34,6 +35,11 @@ from pagedserve.worker.stages import Memory, Stages
 RING = 4  # steps whose buffers are in use: more than are ever in flight
 MAX_GROWTHS = 8192  # of one message; what is beyond goes in a copy of its own
 WARM_ROWS = (1, 8, 32)  # numbers of rows that kernels differ by
+EVERY_NEED = [
+    Needs(drawn, filtered, processed)
+    for processed in (False, True)
+    for drawn, filtered in ((False, False), (True, False), (True, True))
+]
 
 
 @dataclass(slots=True)
@@ -173,8 +179,13 @@ class GpuRunner:
         self._ring = [self._buffers(layout, layout.rows) for _ in range(RING)]
         self._at = 0
 
+    @torch.inference_mode()
+    def compile_kernels(self) -> None:
+        """Of steps of all sizes, and of every kind of sampling."""
+        self._stages.rehearse(self._stages.sizes.sample(), EVERY_NEED)
+
     def warm_up(self) -> None:
-        """Compile what the first requests run: one-token steps of a few sizes, and a prompt."""
+        """Run what the first requests run: one-token steps of a few sizes, and a prompt."""
         # Kernels read weights before they wait for those in front of them (`kernels.launch`).
         torch.cuda.synchronize(self._device)
         slots = self.info.max_num_seqs
@@ -224,8 +235,8 @@ class GpuRunner:
         prompt = []
         if self._prompts.wanted and not self._prompts.wanted.keys().isdisjoint(step.slots):
             # Op by op: a graph keeps nothing of the hidden states that these are taken from.
-            hidden = self._stages.compute(size, needs)
-            prompt = self._prompts.of(step, list(range(len(step.slots))), hidden)
+            made = self._stages.compute(size, needs)
+            prompt = self._prompts.of(step, list(range(len(step.slots))), made.hidden)
         else:
             self._stages.run(size, needs)
         layout, wanted = Results(size.rows, needs.scored), self._sampler.wanted

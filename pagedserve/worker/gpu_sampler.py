@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pagedserve.kernels.logprobs_gpu import LogprobScratch, Scores, logprobs
 from pagedserve.kernels.sample_gpu import Needs, SamplerRows, SamplerScratch, sample
-from pagedserve.request import MAX_BIAS_ENTRIES, MAX_STOP_TOKEN_IDS, SamplingParams
+from pagedserve.limits import CEILING
+from pagedserve.request import SamplingParams
 from pagedserve.step import Join, Slot
 
 
@@ -23,8 +24,8 @@ class GpuSampler:
         """token_ids: [slots + 1, length] int64, the sequences; rows: drawn for at a time."""
         self._device = token_ids.device
         self._eos = eos_token_ids
-        bans = MAX_STOP_TOKEN_IDS + len(eos_token_ids)
-        self._rows = SamplerRows.on(token_ids, biases=MAX_BIAS_ENTRIES, bans=bans)
+        bans = CEILING.stop_token_ids + len(eos_token_ids)
+        self._rows = SamplerRows.on(token_ids, biases=CEILING.bias_entries, bans=bans)
         self._scratch = SamplerScratch.on(self._device, rows, vocab_size)
         slots = token_ids.shape[0]
         self._wanted = torch.full((slots,), -1, dtype=torch.int32, device=self._device)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from pagedserve.kernels.logprobs_gpu import Scores
-from pagedserve.request import MAX_LOGPROBS
+from pagedserve.limits import CEILING
 
 UNIT = 4  # numbers
+MOST = CEILING.logprobs  # likeliest tokens of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Results:
         """Numbers in use."""
         if not self.scored:
             return 2 * self.rows
-        return whole(2 * self.rows) + 2 * whole(self.rows) + 2 * self.rows * MAX_LOGPROBS
+        return whole(2 * self.rows) + 2 * whole(self.rows) + 2 * self.rows * MOST
 
     def drawn(self, flat: Tensor) -> Tensor:
         """Tokens and whether they are good: [2, R], a view."""
@@ -41,13 +42,13 @@ class Results:
     def scores(self, flat: Tensor) -> Scores:
         """Log-probabilities, as views."""
         assert self.scored, "nobody asked for them"
-        first, each, tops = whole(2 * self.rows), whole(self.rows), self.rows * MAX_LOGPROBS
+        first, each, tops = whole(2 * self.rows), whole(self.rows), self.rows * MOST
         ids = first + 2 * each
         return Scores(
             flat[first : first + self.rows].view(torch.float32),
             flat[first + each : first + each + self.rows],
-            flat[ids : ids + tops].view(-1, MAX_LOGPROBS),
-            flat[ids + tops : ids + 2 * tops].view(torch.float32).view(-1, MAX_LOGPROBS),
+            flat[ids : ids + tops].view(-1, MOST),
+            flat[ids + tops : ids + 2 * tops].view(torch.float32).view(-1, MOST),
         )
 
 

@@ -13,7 +13,8 @@ smallest stage that holds it, and pads. The same stage run op by op is the oracl
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from pagedserve.attention.base import AttentionBackend
 from pagedserve.attention.batch import Batch
 from pagedserve.kernels import step_inputs
+from pagedserve.kernels.rehearsal import rehearsal
 from pagedserve.kernels.sample_gpu import Needs
 from pagedserve.kernels.step_inputs import Inputs, Message
 from pagedserve.models.base import Model
@@ -59,6 +61,14 @@ class Stage:
     needs: Needs
     graph: torch.cuda.CUDAGraph | None = None
     runs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Of one step run op by op: hidden states of all tokens [T, C], logits of all rows [R, V]."""
+
+    hidden: Tensor
+    logits: Tensor
 
 
 @dataclass(slots=True)
@@ -146,6 +156,33 @@ class Stages:
         self.pool = None
         self.num_graphs = 0
 
+    def rehearse(self, sizes: Iterable[Size], needs: Iterable[Needs]) -> None:
+        """Compile the kernels of steps of these sizes, and of what else rows may need of a sampler.
+
+        Nothing is computed: the steps are captured as a graph that nobody replays, of a model with
+        one layer of each kind. Where that fails, kernels are compiled as they are needed.
+        """
+        if not self.decoder.capturable:
+            return
+        short = replace(self, decoder=self.decoder.excerpt(), known={})
+        usual, *others = needs
+        stream = torch.cuda.current_stream()
+        # It takes memory of its own, which a capture must not.
+        torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with rehearsal(), torch.cuda.graph(graph, capture_error_mode="relaxed"):
+                for size in sizes:
+                    made = short.compute(size, usual)
+                inputs = self.memory.inputs.cut(size.rows, size.tokens)
+                for each in others:
+                    self.sampler.sample(made.logits, inputs.slots, inputs.places, each)
+                scores = Results(size.rows, scored=True).scores(self.memory.results)
+                self.sampler.score(made.logits, inputs.places, inputs.slots, scores)
+        except Exception as error:  # of a compiler, of a driver: the first steps will say it again
+            torch.cuda.set_stream(stream)
+            log.warning("kernels are compiled when they are first needed: %s", error)
+
     def capture(self, stage: Stage) -> torch.cuda.CUDAGraph:
         """Record the stage as a graph.
 
@@ -158,8 +195,8 @@ class Stages:
             self.compute(stage.size, stage.needs)
         return graph
 
-    def compute(self, size: Size, needs: Needs) -> Tensor:
-        """The whole step, op by op. Hidden states of all tokens: [T, C]."""
+    def compute(self, size: Size, needs: Needs) -> Made:
+        """The whole step, op by op."""
         memory = self.memory
         inputs = memory.inputs.cut(size.rows, size.tokens)
         step_inputs.make_inputs(
@@ -183,7 +220,7 @@ class Stages:
             self.sampler.score(logits, drawn, inputs.slots, scores)
         tokens = results.drawn(memory.results)
         step_inputs.append(drawn, finite, inputs, memory.token_ids, tokens)
-        return hidden
+        return Made(hidden, logits)
 
 
 def batch_of(size: Size, inputs: Inputs, block_size: int) -> Batch:

@@ -43,6 +43,10 @@ class Worker(Protocol):
 
     info: EngineInfo
 
+    def compile_kernels(self) -> None:
+        """Have ready what steps of all usual kinds run, as far as that can be known."""
+        ...
+
     def warm_up(self) -> None:
         """Run what the first requests would otherwise wait for."""
         ...
@@ -114,6 +118,8 @@ def made(
     worker = make(config, device, model, info_of(plan, device, model))
     if device.is_gpu:
         device.reserve(plan.step)  # before somebody else takes it
+    on_progress("compile kernels", "")
+    worker.compile_kernels()
     on_progress("warm up", "")
     worker.warm_up()
     return worker

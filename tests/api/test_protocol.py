@@ -9,9 +9,10 @@ import time
 import httpx
 import pytest
 
-from pagedserve.api.protocol import MAX_HEAD_BYTES
+from pagedserve.limits import Limits
 from tests.api.serving import Server
 
+MAX_HEAD_BYTES = Limits().head_bytes
 END = b"\r\n\r\n"
 LENGTH = b"content-length:"
 

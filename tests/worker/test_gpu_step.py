@@ -7,10 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from pagedserve.request import MAX_LOGPROBS  # noqa: E402
 from pagedserve.step import TokenLogprobs  # noqa: E402
 from pagedserve.worker.gpu_runner import Buffers, GpuStep  # noqa: E402
-from pagedserve.worker.results import Results  # noqa: E402
+from pagedserve.worker.results import MOST, Results  # noqa: E402
 
 
 class Done:
@@ -29,8 +28,8 @@ def step(sampled: list[int] | None, slots: list[int], **changes: object) -> GpuS
         scores = layout.scores(results)
         scores.logprobs[:] = torch.tensor([-0.5, -1.5, -2.5, -3.5])
         scores.ranks[:] = torch.tensor([1, 2, 3, 4])
-        scores.top_ids[:] = torch.arange(4)[:, None] * 100 + torch.arange(MAX_LOGPROBS)
-        scores.top_logprobs[:] = -(torch.arange(4)[:, None] + torch.arange(MAX_LOGPROBS) / 32)
+        scores.top_ids[:] = torch.arange(4)[:, None] * 100 + torch.arange(MOST)
+        scores.top_logprobs[:] = -(torch.arange(4)[:, None] + torch.arange(MOST) / 32)
     fields = {"wanted": [], "prompt": []} | changes
     return GpuStep(buffers, layout, sampled, slots, **fields)
 
@@ -57,9 +56,9 @@ def test_log_probabilities_stand_beside_the_tokens_that_asked() -> None:
 
 
 def test_log_probabilities_of_every_row_and_as_many_as_may_be_asked_for() -> None:
-    output = step(None, [5, 7, 9, 2], wanted=[0, 1, MAX_LOGPROBS, 3]).result()
+    output = step(None, [5, 7, 9, 2], wanted=[0, 1, MOST, 3]).result()
     assert [entry.rank for entry in output.logprobs if entry] == [1, 2, 3, 4]
-    assert [len(entry.top_ids) for entry in output.logprobs if entry] == [0, 1, MAX_LOGPROBS, 3]
+    assert [len(entry.top_ids) for entry in output.logprobs if entry] == [0, 1, MOST, 3]
     assert output.token_ids == [10, 11, 12, 13] and list(output.failed) == [9]
 
 

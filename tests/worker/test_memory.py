@@ -133,8 +133,8 @@ def test_no_room_is_an_error_with_the_arithmetic() -> None:
     with pytest.raises(StartupError) as caught:
         planned(free=1.0)
     message = caught.value.message
-    assert "a single block does not fit the KV cache" in message and "weights 1.00" in message
-    assert "10.0 GiB in all" in message and "raise --gpu-memory-utilization" in message
+    assert "a single block does not fit the KV cache" in message and "weights 1.00 GiB" in message
+    assert ", of 10.00 GiB)" in message and "raise --gpu-memory-utilization" in message
     assert len(message) < 600
 
 

@@ -145,10 +145,12 @@ class Reader:
         biased = {part.role for part in parts if self.has_bias(part.role, i)}
         bias = self.empty(total).zero_() if biased else None
         start = 0
-        for part in parts:
-            at = slice(start, start + part.count)
-            self.read(part.role, weight[at], i, rows=part.index, transposed=self.spec.transposed)
-            if bias is not None and part.role in biased:
-                self.read(part.role, bias[at], i, part="bias", rows=part.index)
-            start += part.count
+        with self.source.together():
+            for part in parts:
+                at = slice(start, start + part.count)
+                turned = self.spec.transposed
+                self.read(part.role, weight[at], i, rows=part.index, transposed=turned)
+                if bias is not None and part.role in biased:
+                    self.read(part.role, bias[at], i, part="bias", rows=part.index)
+                start += part.count
         return weight, bias
