@@ -69,11 +69,14 @@ PREFILL = {  # name → (tokens, context) of each row
     "1×32k": [(32768, 32768)],
     "mixed 100…1.5k": [(100 + 90 * row,) * 2 for row in range(16)],
 }
-# Of the CUDA kernel: cluster, warps, tiles held, tiles ahead.
+# Of the CUDA kernel: cluster, warps, tiles at a time, turns ahead, tiles asked of L2.
 FEW_ROWS_SWEEP = [
-    *((cluster, 4, stages, 0) for cluster in (2, 4, 8, 16) for stages in (1, 2)),
-    *((cluster, 8, 1, 0) for cluster in (4, 8, 16)),
-    *((cluster, 4, 2, 8) for cluster in (4, 16)),
+    *(
+        (cluster, 4, tiles, depth, 0)
+        for cluster in (4, 8, 16)
+        for tiles, depth in ((1, 0), (2, 0), (1, 2), (1, 3), (2, 1), (2, 2))
+    ),
+    *((cluster, 4, 2, 0, 6) for cluster in (8, 16)),
 ]
 # tile, programs a processor, tokens of a bin at least, warps, stages
 DECODE_SWEEP = {
@@ -189,9 +192,9 @@ def few_rows(case: Case, processors: Processors, sweep: bool) -> dict[str, float
         return {}
     chosen = paged_decode_cuda.tune(case.shape, len(case.seq_lens), processors.count)
     tunings = {"CUDA": chosen}
-    for cluster, warps, stages, ahead in FEW_ROWS_SWEEP if sweep else []:
-        name = f"CUDA c{cluster} w{warps} s{stages}" + (f" +{ahead}" if ahead else "")
-        tunings[name] = paged_decode_cuda.Tuning(cluster, warps, stages, ahead)
+    for cluster, warps, tiles, depth, ahead in FEW_ROWS_SWEEP if sweep else []:
+        name = f"CUDA c{cluster} w{warps} t{tiles} d{depth}" + (f" +{ahead}" if ahead else "")
+        tunings[name] = paged_decode_cuda.Tuning(cluster, warps, tiles, depth, ahead)
     return {how: few_rows_time(case, native, tuning) for how, tuning in tunings.items()}
 
 

@@ -247,11 +247,13 @@ def sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 def fitting(llm: LLM, prompt: list[int], given: dict[str, Any]) -> SamplingParams:
     """The `given` parameters and defaults, with as many tokens as still fit behind `prompt`."""
-    from pagedserve.request import SamplingParams
-
-    params = SamplingParams(**{**TERMINAL_DEFAULTS, **llm.generation.defaults, **given})
+    usual = {
+        name: llm.generation.defaults.get(name, value) for name, value in TERMINAL_DEFAULTS.items()
+    }
+    wanted = {**usual, **given}
     room = max(llm.max_model_len - len(prompt), 1)
-    return params.replace(max_tokens=min(params.max_tokens or room, room))
+    wanted["max_tokens"] = min(wanted["max_tokens"] or room, room)
+    return llm.generation.sampling_params(**wanted)
 
 
 def print_version(options: dict[str, Any]) -> int:

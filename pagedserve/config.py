@@ -166,7 +166,13 @@ class ServerConfig:
     max_engine_restarts: int = option(
         5,
         "times in a row that a dead engine of a server is restarted, its requests going on, with "
-        "no token between; 0: the server ends with its engine, and does not watch for stalls",
+        "no token between; 0: the server ends with its engine, and replaces none that stalls",
+        low=0,
+    )
+    load_timeout: float = option(
+        900.0,
+        "seconds without progress after which a start that hangs is given up, or tried again where "
+        "the engine had served; 0 is never",
         low=0,
     )
     engine_stall_timeout: float | None = option(

@@ -1,6 +1,6 @@
 """The routes, and what every request passes through.
 
-RequestId ─▶ RequireKey ─▶ BodyLimit ─▶ Door ─▶ route ─▶ handler(service, request)
+RequestId ─▶ LastAnswer ─▶ RequireKey ─▶ BodyLimit ─▶ Door ─▶ route ─▶ handler(service, request)
                                                   └─ an error of errors.py becomes its OpenAI object
 """
 
@@ -20,7 +20,7 @@ from pagedserve.api.answer import ClientGone
 from pagedserve.api.auth import RequireKey
 from pagedserve.api.door import Door
 from pagedserve.api.keys import Keys
-from pagedserve.api.limits import BodyLimit, RequestId
+from pagedserve.api.limits import BodyLimit, LastAnswer, RequestId
 from pagedserve.api.openai_chat import create_chat_completion
 from pagedserve.api.openai_completions import create_completion
 from pagedserve.api.openai_shapes import error_response
@@ -68,6 +68,7 @@ def build_app(service: Service, keys: Keys) -> FastAPI:
     service.admission.tenants = lambda: keys.tenants
     if keys:
         app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(LastAnswer, ending=lambda: service.draining or service.failure.done())
     app.add_middleware(RequestId)
     return app
 

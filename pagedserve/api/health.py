@@ -2,8 +2,10 @@
 
     /livez     200 while the process works, also while it loads, drains or restarts its engine;
                503 once the engine is dead and stays so
-    /startupz  200 once the model has been loaded; 503 with the phase before, and when that failed
-    /readyz    200 while requests are computed; 503 while loading, restarting, draining or dead
+    /startupz  200 once the model has been loaded; 503 before, with the phase, its bytes and the
+               time they will take, and when that failed
+    /readyz    200 while requests are computed; 503 while loading, stalled, restarting, draining or
+               dead
     /health    as /readyz, with the figures
     /version, /metrics
 
@@ -31,22 +33,24 @@ def state(service: Service) -> dict[str, Any]:
     found: dict[str, Any] = {
         "status": "ok" if phase == "ready" else "unavailable",
         "phase": phase,
-        "loading": service.loading if phase in ("loading", "restarting") else None,
+        "loading": service.startup.text if phase in ("loading", "restarting") else None,
         "cause": cause(service),
     }
     return {name: value for name, value in found.items() if value is not None}
 
 
 def cause(service: Service) -> str | None:
-    """Why the engine is dead, or being restarted."""
+    """Why the engine is dead, silent, or being restarted."""
     if service.failure.done():
         return service.failure.result()
+    if service.phase == "stalled":
+        return "the engine has given no sign of life for too long"
     return service.client.last_death if service.client.restarting else None
 
 
-def probe(service: Service, good: bool) -> Response:
-    """The state with the status that a probe looks at."""
-    response = json_response(state(service), 200 if good else 503)
+def probe(service: Service, good: bool, **more: Any) -> Response:
+    """The state, and `more`, with the status that a probe looks at."""
+    response = json_response(state(service) | more, 200 if good else 503)
     if not good:
         response.headers["Retry-After"] = RETRY_AFTER_SECONDS
     return response
@@ -58,8 +62,23 @@ async def livez(service: Service, request: HttpRequest) -> Response:
 
 
 async def startupz(service: Service, request: HttpRequest) -> Response:
-    """Whether the start has come to its end."""
-    return probe(service, service.ready is not None and not service.failure.done())
+    """Whether the start has come to its end, and how far it is.
+
+    `seconds` since it began; `eta_seconds` until the bytes of this phase are there.
+    """
+    good = service.ready is not None and not service.failure.done()
+    return probe(service, good, **({} if good else progress(service)), phases=phases(service))
+
+
+def progress(service: Service) -> dict[str, Any]:
+    """How far the start is, in numbers."""
+    startup = service.startup
+    found: dict[str, Any] = {"seconds": round(startup.seconds, 3)}
+    if startup.bytes is not None:
+        found |= {"bytes_done": startup.bytes.done, "bytes_total": startup.bytes.total}
+    if (left := startup.seconds_left()) is not None:
+        found["eta_seconds"] = round(left, 1)
+    return found
 
 
 async def readyz(service: Service, request: HttpRequest) -> Response:
@@ -70,7 +89,7 @@ async def readyz(service: Service, request: HttpRequest) -> Response:
 async def health(service: Service, request: HttpRequest) -> Response:
     """As readyz, with figures."""
     stats, now = service.client.stats, time.monotonic()
-    body = state(service) | {
+    body = {
         "model": service.model_name,
         "uptime_seconds": round(now - service.started_at, 3),
         "live_requests": len(service.answers),
@@ -81,10 +100,7 @@ async def health(service: Service, request: HttpRequest) -> Response:
         "last_token_age_seconds": round(now - service.client.last_token_at, 3),
         "phases": phases(service),
     }
-    response = json_response(body, 200 if service.phase == "ready" else 503)
-    if service.phase != "ready":
-        response.headers["Retry-After"] = RETRY_AFTER_SECONDS
-    return response
+    return probe(service, service.phase == "ready", **body)
 
 
 def phases(service: Service) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """The API process's life: listen first, load behind it, serve, drain, and leave with a true status.
 
     start ── port answers 503 with the phase ── ready ── SIGINT or SIGTERM ── drain ── exit 0
-                          │                       │                             └─ again: at once
-                          └── cannot start        └── engine dies: restart, requests go on
-                              exit 1                  └── again and again, or no restarts wanted:
+                          │                       │                             └─ again: at once,
+                          │                       │                                exit 128 + signal
+                          └── cannot start,       └── engine dies: restart, requests go on
+                              or hangs: exit 1        └── again and again, or no restarts wanted:
                                                           live requests get the cause, exit 1
 
 Heavy imports happen in here, after the engine process was started, so that both load at once.
@@ -54,17 +55,22 @@ def run(
     started = time.monotonic()
     sock = listen(config.server, key or config.server.api_key_file)
     say(f"listening on {url(sock)} (503 until the model is loaded)")
-    client = EngineClient(engine_module, Recovery(config.server.max_engine_restarts))
+    client = EngineClient(engine_module, recovery(config.server))
+    life = Life(config, client, sock, say, started)
     try:
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            life = Life(config, client, sock, say, started)
             return runner.run(life.live(keys))
     finally:
         sock.close()
         # While it loads, the engine reads no orders: waiting for it would be in vain.
-        client.close(CLOSE_SECONDS if client.ready else 0.1)
+        client.close(CLOSE_SECONDS if client.ready and not life.stopped_by else 0.1)
+
+
+def recovery(config: ServerConfig) -> Recovery:
+    """What happens to an engine that dies, stalls or hangs."""
+    return Recovery(config.max_engine_restarts, config.load_timeout)
 
 
 class Life:
@@ -78,6 +84,7 @@ class Life:
         self._sock = sock
         self._say = say
         self._started = started
+        self.stopped_by = 0  # the signal that stopped it at once
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
         self._reported = ("", started)
@@ -100,7 +107,7 @@ class Life:
             starting.cancel()
             service.close()
             server.should_exit = True
-            server.force_exit = self._second_signal.is_set()
+            server.force_exit = bool(self.stopped_by)
             await serving
 
     async def _start(self, service: Service) -> None:
@@ -133,7 +140,7 @@ class Life:
                     await first_of(self._second_signal.wait(), service.failure, until_idle(service))
         if service.failure.done():
             await self._tell_of_death(service)
-        return 128 + signal.SIGINT if self._second_signal.is_set() else 0
+        return 128 + self.stopped_by if self.stopped_by else 0
 
     async def _tell_of_death(self, service: Service) -> None:
         """Raise the cause; after a moment in which clients can read it, if there were clients."""
@@ -162,10 +169,11 @@ class Life:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: a test
-                loop.add_signal_handler(number, self._signalled)
+                loop.add_signal_handler(number, self._signalled, number)
 
-    def _signalled(self) -> None:
+    def _signalled(self, number: int) -> None:
         if self._first_signal.is_set():
+            self.stopped_by = number
             self._second_signal.set()
         self._first_signal.set()
 
@@ -236,7 +244,7 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
             ws="none",
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=CLOSE_SECONDS + 1,  # after our own cut
+            timeout_graceful_shutdown=5 * CLOSE_SECONDS,  # long after our own cut
         )
     )
 

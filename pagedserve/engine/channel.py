@@ -63,11 +63,16 @@ class Control(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """A start-up phase has begun; `seconds` is the time since the engine process started."""
+    """A start-up phase has begun, or goes on; `seconds`: since the engine process started.
+
+    `detail` says for people how far it is, `bytes_done` of `bytes_total` where it moves bytes.
+    """
 
     phase: str
     seconds: float
     detail: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
 
 
 class Ready(Message, frozen=True):

@@ -7,6 +7,7 @@ the way, runs the loop, and when it must die says why, once.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import socket
@@ -76,7 +77,7 @@ def serve(channel: Channel) -> None:
     config = receive_config(channel)
     if config is None:
         return
-    executor = executor_class(config, lambda phase, detail: report(channel, phase, detail))
+    executor = executor_class(config, functools.partial(report, channel))
     info = executor.start()
     if not info.asynchronous:
         context.give_back()
@@ -159,9 +160,9 @@ def receive_config(channel: Channel) -> Config | None:
                     return None
 
 
-def report(channel: Channel, phase: str, detail: str = "") -> None:
-    """Tell the API process which start-up phase begins."""
-    channel.send(Progress(phase, time.monotonic() - STARTED, detail))
+def report(channel: Channel, phase: str, detail: str = "", done: int = 0, total: int = 0) -> None:
+    """Tell the API process which start-up phase begins, or how far it is."""
+    channel.send(Progress(phase, time.monotonic() - STARTED, detail, done, total))
 
 
 def report_death(channel: Channel, error: Exception) -> None:

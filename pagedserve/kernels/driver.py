@@ -1,11 +1,13 @@
-"""The CUDA driver, asked for its context before torch is there to ask.
+"""What a GPU needs and torch does not: begun before torch is imported, and done when that is.
 
-Making a context takes the driver some tenths of a second, of which the interpreter sees nothing: it
-is made while torch is imported. torch and Triton use the process's primary context, which is this.
+Making a context takes the driver some tenths of a second, of which the interpreter sees nothing.
+torch and Triton use the process's primary context, which is this. Triton hashes all of its
+compiler, hundreds of MB, before it looks into its cache for the first time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 
@@ -42,3 +44,12 @@ class EarlyContext:
             return
         if not driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
             self._held = driver, device.value
+            hash_compiler()
+
+
+def hash_compiler() -> None:
+    """Have Triton remember its own hash."""
+    with contextlib.suppress(ImportError):
+        from triton.runtime.cache import triton_key
+
+        triton_key()

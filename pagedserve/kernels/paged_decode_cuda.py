@@ -43,19 +43,20 @@ HALF = {torch.bfloat16: 0, torch.float16: 1}
 MAX_TOKEN = 1 << 27  # numbers from one token to the next: the kernel counts a block's in 32 bits
 
 P, L, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-ARGUMENTS: list[Any] = [*[P] * 8, *[L] * 3, *[N] * 9, F, F, *[N] * 6, P]
+ARGUMENTS: list[Any] = [*[P] * 8, *[L] * 3, *[N] * 9, F, F, *[N] * 7, P]
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """cluster: blocks a row and key/value head; warps: of a block; stages: tiles a warp holds.
+    """cluster: blocks a row and key/value head; warps: of a block; tiles: a warp takes at a time.
 
     ahead: tiles a warp asks L2 for before the kernels in front of it are done.
     """
 
     cluster: int
     warps: int = 4
-    stages: int = 2
+    tiles: int = 2
+    depth: int = 0
     ahead: int = 0
 
 
@@ -206,7 +207,8 @@ def paged_decode_cuda(
         softcap or 0.0,
         tuning.cluster,
         tuning.warps,
-        tuning.stages,
+        tuning.tiles,
+        tuning.depth,
         not first,
         tuning.ahead,
         not first,

@@ -9,9 +9,9 @@ while it works. What is on disk already is read in the same way.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from triton import AsyncCompileMode
@@ -36,9 +36,27 @@ def rehearsal() -> Iterator[None]:
     try:
         # With errors it would leave itself switched on.
         with (
-            ThreadPoolExecutor(threads, "compile") as pool,
+            Pool(threads, "compile") as pool,
             AsyncCompileMode(pool, ignore_errors=True),
         ):
             yield
     finally:
         JITFunction.run = launch
+
+
+class Pool(ThreadPoolExecutor):
+    """Makes what it is given to compile ready to be launched."""
+
+    def submit(self, compile: Callable[[], Any], /, *_: Any, **__: Any) -> Future[Any]:
+        return super().submit(made_ready, compile)
+
+
+def made_ready(compile: Callable[[], Any]) -> Any:
+    """A compiled kernel, loaded onto the GPU and with its launcher.
+
+    Triton makes those at the first launch, a launcher with a C compiler where it was never made.
+    """
+    kernel = compile()
+    with suppress(Exception):  # launching it says the same
+        kernel.run  # noqa: B018  # making it is what it is read for
+    return kernel

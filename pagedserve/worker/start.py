@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +14,7 @@ from pagedserve.config import Config
 from pagedserve.device import Device, pick
 from pagedserve.errors import StartupError
 from pagedserve.models.loading import LoadedModel, load_configured
+from pagedserve.models.telling import Tell
 from pagedserve.step import EngineInfo, Step, StepOutput
 from pagedserve.worker import memory
 from pagedserve.worker.kv_cache import NoRoom
@@ -63,7 +63,7 @@ class Worker(Protocol):
         ...
 
 
-def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
+def start(config: Config, on_progress: Tell) -> Worker:
     """Load the model, settle limits against memory, allocate. Raises StartupError."""
     on_progress("start the device", config.model.device)
     device = pick(config.model.device)
@@ -73,14 +73,12 @@ def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
         config.model,
         Path(config.model.model),
         device,
-        lambda detail: on_progress("load weights", detail),
+        on_progress,
     )
     return fit(config, device, model, on_progress)
 
 
-def fit(
-    config: Config, device: Device, model: LoadedModel, on_progress: Callable[[str, str], None]
-) -> Worker:
+def fit(config: Config, device: Device, model: LoadedModel, on_progress: Tell) -> Worker:
     """A worker in the memory that is free.
 
     What is free is read once, and others may take of it before we have: then it is read again, and
@@ -112,7 +110,7 @@ def made(
     device: Device,
     model: LoadedModel,
     plan: MemoryPlan,
-    on_progress: Callable[[str, str], None],
+    on_progress: Tell,
 ) -> Worker:
     """Everything of the plan allocated, and the first steps run."""
     worker = make(config, device, model, info_of(plan, device, model))

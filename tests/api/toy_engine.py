@@ -182,6 +182,14 @@ def main(fd: int) -> None:
             return
         if options["max_num_seqs"] == 13:  # a start that never ends
             time.sleep(600)
+        if options["max_num_seqs"] == 14:  # one that hangs half-way
+            for done in range(0, 501, 100):
+                channel.send(Progress("toy weights", 0.02, f"{done} of 1000", done, 1000))
+                time.sleep(0.02)
+            time.sleep(600)
+        if os.path.exists(hang := options["model"] + "/hang"):  # one that hangs this time only
+            os.unlink(hang)
+            time.sleep(600)
         vocab_size, eos = 600, 2
         if os.path.exists(options["model"] + "/tokenizer.json"):
             from tokenizers import Tokenizer

@@ -49,8 +49,10 @@ FEATURES = {
 }
 LENGTHS = [1000, 1, 4097, 33, 16, 700, 17, 2048]
 TUNINGS = [
-    Tuning(cluster, warps, stages)
-    for cluster, (warps, stages) in itertools.product((1, 2, 4, 8, 16), ((4, 1), (4, 2), (8, 1)))
+    Tuning(cluster, warps, tiles, depth)
+    for cluster, (warps, tiles, depth) in itertools.product(
+        (1, 2, 4, 8, 16), ((4, 1, 0), (4, 2, 0), (4, 1, 2), (4, 1, 3), (4, 2, 1), (4, 2, 2))
+    )
 ]
 LIMITS = {torch.bfloat16: 6e-3, torch.float16: 1.5e-3}
 
@@ -151,7 +153,7 @@ def test_every_length_around_a_tile_is_right(native: Native) -> None:
 @pytest.mark.gpu
 def test_a_warp_goes_through_its_table_more_than_once(native: Native) -> None:
     case = rows_of([70001, 33000], replace(COMMON, kv_heads=1, heads=4))
-    for tuning in (Tuning(1), Tuning(2, stages=1), Tuning(16, ahead=40)):
+    for tuning in (Tuning(1), Tuning(2, tiles=1), Tuning(16, ahead=40)):
         check(decode(native, case, tuning, first=False), case)
     windowed = rows_of([70001, 33000], replace(COMMON, kv_heads=1, heads=4, window=20000))
     check(decode(native, windowed, Tuning(1), first=False), windowed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,17 @@ def wrong_kernel(x, out, n, BLOCK: tl.constexpr):
 
 
 class NoGpu:
-    """What a driver tells of its GPU, without one: it has nothing to launch with."""
+    """What a driver tells of its GPU, without one: it has nothing to launch with.
+
+    `asked`: threads that wanted to.
+    """
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        self.asked.add(threading.current_thread().name)
+        raise OSError("there is no GPU")
 
     def get_current_device(self) -> int:
         return 0
@@ -44,10 +55,11 @@ class NoGpu:
 
 
 @pytest.fixture(autouse=True)
-def no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NoGpu]:
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", NoGpu())
-    yield
+    found = NoGpu()
+    monkeypatch.setattr(driver, "_active", found)
+    yield found
     for kernel in (double_kernel, wrong_kernel):
         kernel.device_caches.clear()
 
@@ -62,7 +74,7 @@ def compiled(kernel: Any) -> list[Any]:
     return list(kernel.device_caches[0][0].values())
 
 
-def test_every_variant_is_compiled_once_and_outputs_are_left_alone() -> None:
+def test_every_variant_is_compiled_once_and_outputs_are_left_alone(no_gpu: NoGpu) -> None:
     with rehearsal():
         for _ in range(3):
             for dtype in (torch.float32, torch.bfloat16):
@@ -70,6 +82,7 @@ def test_every_variant_is_compiled_once_and_outputs_are_left_alone() -> None:
                     out = launch(double_kernel, dtype, n)
                     assert torch.equal(out, torch.full_like(out, 7))
         launch(double_kernel, torch.float32, 64, block=64)
+    assert all(name.startswith("compile") for name in no_gpu.asked) and no_gpu.asked
     kernels = compiled(double_kernel)
     assert len(kernels) == 5 and all(kernel.asm["cubin"] for kernel in kernels)
 
@@ -99,5 +112,5 @@ def test_what_cannot_be_compiled_is_said_when_it_is_launched_and_stops_no_other(
     with pytest.raises(KeyError, match="mine"), rehearsal():
         raise KeyError("mine")
     assert JITFunction.run is before
-    with pytest.raises(AttributeError):  # this driver cannot
+    with pytest.raises(OSError, match="there is no GPU"):
         launch(double_kernel, torch.float32, 64)
