@@ -50,11 +50,14 @@ class Device(Protocol):
     """Where the model runs. `name` is for people, `torch` for tensors.
 
     `is_gpu`: launches return before the device is done, and its memory is ours to plan.
+    `takes_unread`: `matrix` and `experts` look at no number of the weights that they are given, so
+    these may still be on their way from a file.
     """
 
     name: str
     torch: torch.device
     is_gpu: bool
+    takes_unread: bool
 
     def prepare(self) -> None:
         """Set this process up for serving; the worker calls it once, before anything is loaded."""
@@ -102,6 +105,7 @@ class Cpu:
     name = "cpu"
     torch = torch.device("cpu")
     is_gpu = False
+    takes_unread = False  # weights are packed
 
     def prepare(self) -> None:
         # OpenMP's threads spin while they wait for each other, and stall for milliseconds when
@@ -155,6 +159,7 @@ class Cuda:
     """The current CUDA GPU."""
 
     is_gpu = True
+    takes_unread = True
 
     def __init__(self) -> None:
         self.torch = torch.device("cuda", torch.cuda.current_device())

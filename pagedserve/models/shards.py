@@ -223,7 +223,7 @@ class Files:
             raise StartupError(f"cannot read {stored.path}: {error.strerror or error}") from error
 
     def settle(self) -> None:
-        """Nothing is left to be done."""
+        """Nothing was left for later."""
 
     def check(self) -> None:
         """Raise StartupError where a file that is open changed since its header was read."""

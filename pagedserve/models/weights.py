@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -46,19 +45,26 @@ class Source(Protocol):
         ...
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         """Fill `into`, casting and moving; as often and in as many parts as there are readers.
 
         `transposed`: the last two dimensions are stored the other way round. `rows`: int64 indices
         into the first dimension, after that turn; `stored[rows]` has the shape of `into`. An `into`
         that holds no floating point numbers is filled with what is stored in just its dtype.
+        `later`: nobody looks at `into` before `settle` or `finish`, so that threads need not stop
+        between one tensor and the next.
         """
         ...
 
-    def together(self) -> AbstractContextManager[None]:
-        """Inside, what was read may be looked at only after the end: so threads need not stop
-        between one tensor and the next."""
+    def settle(self) -> None:
+        """Have everything read that was to be read `later`."""
         ...
 
     def finish(self) -> None:
@@ -102,15 +108,21 @@ class Dummy:
         return None
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         if into.is_floating_point():
             into.uniform_(-DUMMY_RANGE, DUMMY_RANGE, generator=self.generator)
         else:
             into.random_(0, 128, generator=self.generator)  # fits every integer dtype
 
-    def together(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def settle(self) -> None:
+        return None
 
     def finish(self) -> None:
         return None
@@ -146,7 +158,6 @@ class Checkpoint:
         self.parts_read = 0
         self.on_bytes = on_bytes
         self.files = files or Files()
-        self.later = False  # True within `together`
         self.staging = torch.empty(0, dtype=torch.uint8)
 
     def has(self, name: str) -> bool:
@@ -156,7 +167,13 @@ class Checkpoint:
         return self.tensors[name].shape if name in self.used else None
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         stored = self.tensors.get(name)
         if stored is None:
@@ -165,21 +182,16 @@ class Checkpoint:
         self.check_dtype(name, stored, into.dtype)
         self.check_shape(name, stored, into, transposed, rows)
         if into.numel():
-            self.move(stored, into, transposed, rows)
+            self.move(stored, into, transposed, rows, later)
         if name in self.unread:
             self.unread.discard(name)
             self.report(stored.num_bytes)
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        before, self.later = self.later, True
-        try:
-            yield
-            self.files.settle()
-        finally:
-            self.later = before
+    def settle(self) -> None:
+        self.files.settle()
 
     def finish(self) -> None:
+        self.files.settle()
         self.files.check()
         self.files.close()
         self.staging = torch.empty(0, dtype=torch.uint8)
@@ -225,7 +237,9 @@ class Checkpoint:
                 f"{tuple(into.shape)}{part}"
             )
 
-    def move(self, stored: Stored, into: Tensor, transposed: bool, rows: Tensor | None) -> None:
+    def move(
+        self, stored: Stored, into: Tensor, transposed: bool, rows: Tensor | None, later: bool
+    ) -> None:
         """Bring the bytes of `stored` to `into`: straight where that is all, else in pieces.
 
         The one place where weights move.
@@ -240,7 +254,7 @@ class Checkpoint:
         row_bytes = stored.num_bytes // (*stored.shape, 1)[0]
         plain = rows is None and not transposed and into.dtype is dtype
         if plain and into.is_contiguous():
-            self.files.read(stored, into, skip=begin * row_bytes, later=self.later)
+            self.files.read(stored, into, skip=begin * row_bytes, later=later)
             return
         target = into.transpose(-2, -1) if transposed else into
         piece_bytes = STAGING_BYTES if into.device.type == "cpu" else GPU_STAGING_BYTES

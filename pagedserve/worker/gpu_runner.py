@@ -100,6 +100,7 @@ class GpuRunner:
     ):
         self.info = info
         self._model, self._place, self._device = model, device, device.torch
+        self._pins = self._device.type == "cuda"  # not in Triton's interpreter
         spec, block_size, slots = model.spec, config.cache.block_size, info.max_num_seqs + 1
         sizes = Sizes(info.max_num_seqs, info.max_num_batched_tokens)
         rows, tokens = sizes.largest()
@@ -209,7 +210,8 @@ class GpuRunner:
 
     def _join(self, join: Join) -> None:
         """A sequence's tokens and parameters into its row."""
-        tokens = torch.tensor(join.token_ids, dtype=torch.int64)
+        # Pinned, or the copy would wait for the step before this one.
+        tokens = torch.tensor(join.token_ids, dtype=torch.int64, pin_memory=self._pins)
         row = self._memory.token_ids[join.slot, : len(tokens)]
         row.copy_(tokens, non_blocking=True)
         self._sampler.set(join)
@@ -242,7 +244,8 @@ class GpuRunner:
 
     def _grow(self, step: Step) -> None:
         """More new blocks than a message holds."""
-        columns = torch.tensor([step.grown_slots, step.grown_index, step.grown_blocks])
+        grown = [step.grown_slots, step.grown_index, step.grown_blocks]
+        columns = torch.tensor(grown, pin_memory=self._pins)
         slots, index, blocks = columns.to(self._device, non_blocking=True)
         self._memory.block_tables[slots, index] = blocks.int()
 

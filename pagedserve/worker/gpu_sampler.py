@@ -79,7 +79,7 @@ class GpuSampler:
         return params.stop_token_ids + ([] if params.ignore_eos else self._eos)
 
     def _write(self, into: Tensor, slot: Slot, values: tuple[float, ...]) -> None:
-        row = torch.tensor(values, dtype=into.dtype)
+        row = torch.tensor(values, dtype=into.dtype, pin_memory=into.is_cuda)
         into[slot, : len(values)] = row.to(self._device, non_blocking=True)
 
 
