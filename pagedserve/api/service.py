@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from pagedserve import logs
 from pagedserve.api import checkpoint
-from pagedserve.api.admission import Admission, Visit
+from pagedserve.api.admission import Admission, Tenant, Visit
 from pagedserve.api.answer import Answer
 from pagedserve.api.checkpoint import TextSide
 from pagedserve.api.metrics import Metrics
@@ -40,9 +41,11 @@ from pagedserve.text.deltas import TextStream
 from pagedserve.text.tokenizer import Tokenizer
 
 log = logging.getLogger("pagedserve")
+requests_log = logging.getLogger(logs.REQUESTS)
 
 T = TypeVar("T")
 
+MAX_LOGGED_TOKENS = 2048  # of a prompt
 INLINE_BYTES = 4096  # the text of bodies up to here is tokenised faster than a thread is reached
 
 
@@ -334,8 +337,11 @@ class Service:
                         tenant=visit.tenant.id,
                         weight=visit.tenant.weight,
                         deadline=visit.deadlines.next(computed=False, written=False),
+                        cache_salt=self.cache_salt(visit.tenant),
                     )
                 )
+        if self.config.server.log_prompts:
+            self._log_prompts(visit, prompts, params)
         sinks = [answer.add(each, self._stream(each)) for each in requests]
         self.answers.add(answer)
         try:
@@ -345,6 +351,25 @@ class Service:
             raise
         answer.keep_time()
         return answer
+
+    def _log_prompts(
+        self, visit: Visit, prompts: list[list[int]], params: list[SamplingParams]
+    ) -> None:
+        assert self.tokenizer is not None
+        for prompt, wanted in zip(prompts, params, strict=True):
+            text = self.tokenizer.decode(prompt[:MAX_LOGGED_TOKENS], skip_special_tokens=False)
+            requests_log.info(
+                "%s asks behind %d tokens: %r%s with %s",
+                visit.tenant.name,
+                len(prompt),
+                text,
+                "…" if len(prompt) > MAX_LOGGED_TOKENS else "",
+                wanted,
+            )
+
+    def cache_salt(self, tenant: Tenant) -> str:
+        """What keeps the prompts of one holder of keys from being found by another's."""
+        return "" if self.config.server.share_prefix_cache else str(tenant.id)
 
     def _stream(self, request: Request) -> TextStream:
         return TextStream(self.tokenizer, request.params, request.prompt_token_ids)

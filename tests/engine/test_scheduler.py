@@ -1,5 +1,6 @@
 """Single decisions of the scheduler."""
 
+import msgspec
 import pytest
 
 from pagedserve.engine.block_pool import BlockPool
@@ -76,6 +77,14 @@ def test_an_equal_prompt_is_taken_from_the_cache_but_for_its_last_token() -> Non
     step, _ = advance(s)
     assert (step.starts, step.counts) == ([4], [4])  # the second block holds the last token
     assert s.num_prefix_hits == 4
+
+
+def test_an_equal_prompt_of_another_salt_is_computed() -> None:
+    s = scheduler()
+    for id, salt in enumerate(("0", "1", "1", "0", "")):
+        s.add(msgspec.structs.replace(request(id, length=8, max_tokens=1), cache_salt=salt))
+        advance(s)
+    assert s.take_started() == [(0, 0), (1, 0), (2, 4), (3, 4), (4, 0)]
 
 
 def test_the_cached_tokens_are_reported_also_when_the_first_chunk_samples_nothing() -> None:
