@@ -20,7 +20,7 @@ from _graphs import microseconds, read_terabytes_per_second, show
 from torch import Tensor
 
 from pagedserve.kernels import activation, dispatch, gpu_matrix, launch, norm, qk_rope_kv
-from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, SplitK
+from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, Skinny, SplitK
 from pagedserve.kernels.matrix import PlainMatrix, RmsWeight
 from pagedserve.kernels.split_k import Scratch
 from pagedserve.kernels.tuning import candidates
@@ -142,6 +142,9 @@ def run(*, quick: bool, sweep: bool) -> dict[str, Any]:
         if isinstance(choice, SplitK):
             size_free = (shape.gated, shape.residual, max(rows, 16), choice.parts > 1)
             choice_key: Any = replace(choice, parts=0)
+        elif isinstance(choice, Skinny):
+            size_free = (*size_free[:-1], max(rows, 8))
+            choice_key = choice
         else:
             choice_key = choice
         distinct.setdefault((size_free, choice_key), (shape, rows, choice))
@@ -197,6 +200,8 @@ def label(choice: Choice) -> str:
     """Short."""
     if isinstance(choice, Gemv):
         return f"gemv {choice.block_n}x{choice.block_k}/{choice.num_warps}"
+    if isinstance(choice, Skinny):
+        return f"skinny {choice.lines}x{choice.num_warps}·{choice.block_k}+{choice.ahead}"
     if isinstance(choice, SplitK):
         return (
             f"split {choice.parts} {choice.block_n}x{choice.block_k}"

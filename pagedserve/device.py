@@ -5,6 +5,7 @@ The one room that asks which hardware there is. Everything above holds a `Device
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import dtype as Dtype
 
 from pagedserve import config
 from pagedserve.errors import StartupError
-from pagedserve.kernels import cpu, cpu_matrix, reference
+from pagedserve.kernels import cpu, cpu_matrix, paged_decode_cuda, reference
 from pagedserve.kernels.experts import Experts, ExpertWeights, LoopedExperts
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
 from pagedserve.kernels.ops import HeadOps, Ops
@@ -49,11 +50,14 @@ class Device(Protocol):
     """Where the model runs. `name` is for people, `torch` for tensors.
 
     `is_gpu`: launches return before the device is done, and its memory is ours to plan.
+    `takes_unread`: `matrix` and `experts` look at no number of the weights that they are given, so
+    these may still be on their way from a file.
     """
 
     name: str
     torch: torch.device
     is_gpu: bool
+    takes_unread: bool
 
     def prepare(self) -> None:
         """Set this process up for serving; the worker calls it once, before anything is loaded."""
@@ -61,6 +65,17 @@ class Device(Protocol):
 
     def memory(self) -> Memory:
         """Free and total bytes now."""
+        ...
+
+    def recover(self) -> None:
+        """After work that broke off: wait for what was launched, and be ready for more.
+
+        Raises what the device says where it computes no more.
+        """
+        ...
+
+    def give_back(self) -> None:
+        """Let others have the memory that is not used."""
         ...
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
@@ -90,6 +105,7 @@ class Cpu:
     name = "cpu"
     torch = torch.device("cpu")
     is_gpu = False
+    takes_unread = False  # weights are packed
 
     def prepare(self) -> None:
         # OpenMP's threads spin while they wait for each other, and stall for milliseconds when
@@ -108,6 +124,12 @@ class Cpu:
             if limit is not None and usage is not None and limit < total:
                 free, total = min(free, max(limit - usage, 0)), limit
         return Memory(free, total)
+
+    def recover(self) -> None:
+        pass  # nothing is under way
+
+    def give_back(self) -> None:
+        pass  # free memory is nobody's here
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         # bfloat16 matrix products are slower than these on most CPUs, and less exact.
@@ -137,6 +159,7 @@ class Cuda:
     """The current CUDA GPU."""
 
     is_gpu = True
+    takes_unread = True
 
     def __init__(self) -> None:
         self.torch = torch.device("cuda", torch.cuda.current_device())
@@ -147,12 +170,24 @@ class Cuda:
         # 2.11, H200; an unaligned view of the mask is suspected). It also builds a graph for every
         # new shape, and ours never repeat. torch's other forms compute the same.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if torch.cuda.get_device_capability(self.torch) == paged_decode_cuda.CAPABILITY:
+            paged_decode_cuda.build_behind()
 
     def memory(self) -> Memory:
         free, total = torch.cuda.mem_get_info(self.torch)
         # What torch's allocator holds without using it is free to us.
         idle = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
         return Memory(free + idle, total)
+
+    def recover(self) -> None:
+        # An error that ends the context, such as a wild address, is raised again by every call.
+        torch.cuda.synchronize(self.torch)
+        if self.kernels is not None:
+            self.kernels.recover()
+
+    def give_back(self) -> None:
+        gc.collect()  # a frame in a cycle may hold tensors
+        torch.cuda.empty_cache()
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         return checkpoint_dtype

@@ -1,7 +1,8 @@
 """What a client asks for: the one bounded schema.
 
 Every dialect (HTTP, offline `LLM`) builds these, and every limit on a request's *values* is checked
-here and nowhere else, before anything is allocated. The room knows no HTTP, no text and no model:
+here and nowhere else, before anything is allocated: `SamplingParams` holds to what the engine has
+room for, `check_within` to a server's own limits. The room knows no HTTP, no text and no model:
 limits that depend on the model (vocabulary, context) are arguments of `check_prompt` and
 `check_vocabulary`.
 """
@@ -19,18 +20,13 @@ from typing import Any
 import msgspec
 
 from pagedserve.errors import ContextLengthExceeded, RequestError
+from pagedserve.limits import CEILING, Limits
 
-MAX_N = 128
-MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
-MAX_STOP_TOKEN_IDS = 128
-MAX_BIAS_ENTRIES = 1024
 MAX_TOKENS = 1 << 30  # far above any context; what fits is decided against the model's context
 
 # name: (kind, lowest, highest). OpenAI's ranges where it has one, vLLM's where it has not.
 BOUNDS: dict[str, tuple[type, float, float]] = {
-    "n": (int, 1, MAX_N),
+    "n": (int, 1, CEILING.n),
     "temperature": (float, 0.0, 100.0),
     "top_p": (float, 0.0, 1.0),
     "top_k": (int, -1, 1 << 30),
@@ -41,8 +37,8 @@ BOUNDS: dict[str, tuple[type, float, float]] = {
     "seed": (int, -(1 << 63), (1 << 63) - 1),
     "max_tokens": (int, 1, MAX_TOKENS),
     "min_tokens": (int, 0, MAX_TOKENS),
-    "logprobs": (int, 0, MAX_LOGPROBS),
-    "prompt_logprobs": (int, 0, MAX_LOGPROBS),
+    "logprobs": (int, 0, CEILING.logprobs),
+    "prompt_logprobs": (int, 0, CEILING.logprobs),
 }
 MAY_BE_NONE = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
 FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
@@ -133,7 +129,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     `seed` is always set: with the position it keys every random draw, so the same request gives the
     same tokens whatever shares its batch, and a replay continues the same text. `priority`: lower
     first. `arrival`, and the `deadline` of its start: `time.monotonic()` seconds of the machine.
-    `tenant` is whose it is, `weight` that tenant's share against the others'.
+    `tenant` is whose it is, `weight` that tenant's share against the others'. Prompt beginnings are
+    found in the prefix cache only where `cache_salt` is the same.
 
     A request that goes on after its engine died brings the tokens it has `written` already, which
     are part of its answer and not of its prompt, and the number of prompt log-probabilities that
@@ -151,6 +148,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     tenant: int = 0
     weight: float = 1.0
     deadline: float = math.inf
+    cache_salt: str = ""
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -232,24 +230,21 @@ def are_plain_ints(ids: Iterable[Any]) -> bool:
     return set(map(type, ids)) <= {int}
 
 
-def plain_stops(stop: Any) -> list[str]:
+def plain_stops(stop: Any, limits: Limits = CEILING) -> list[str]:
     """Stop strings as a list. Raise unless there are few and each is short and can be UTF-8."""
     if stop is None:
         return []
     # a single string is welcome, and becomes a list of one
     stops = [stop] if isinstance(stop, str) else plain_list("stop", stop)
-    if len(stops) > MAX_STOP_STRINGS:
-        raise RequestError(
-            f"stop has {len(stops)} strings, at most {MAX_STOP_STRINGS} are allowed", param="stop"
-        )
-    return [plain_stop(text) for text in stops]
+    check_count("stop", len(stops), "strings", limits.stop_strings)
+    return [plain_stop(text, limits.stop_chars) for text in stops]
 
 
-def plain_stop(text: Any) -> str:
+def plain_stop(text: Any, max_chars: int) -> str:
     """One stop string, checked; as Python's own str, which some libraries derive from."""
-    if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+    if not isinstance(text, str) or not 0 < len(text) <= max_chars:
         raise RequestError(
-            f"each stop must be a string of 1 to {MAX_STOP_CHARS} characters", param="stop"
+            f"each stop must be a string of 1 to {max_chars} characters", param="stop"
         )
     try:
         return text.encode().decode()
@@ -259,29 +254,21 @@ def plain_stop(text: Any) -> str:
         ) from error
 
 
-def plain_stop_tokens(given: Any) -> list[int]:
+def plain_stop_tokens(given: Any, limits: Limits = CEILING) -> list[int]:
     """Stop token ids as plain ints. Raise unless there are few."""
     if given is None:
         return []
     ids = plain_list("stop_token_ids", given)
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise RequestError(
-            f"stop_token_ids has {len(ids)} entries, at most {MAX_STOP_TOKEN_IDS} are allowed",
-            param="stop_token_ids",
-        )
+    check_count("stop_token_ids", len(ids), "entries", limits.stop_token_ids)
     return plain_token_ids("stop_token_ids", ids)
 
 
-def bias_by_token(bias: Any) -> dict[int, float]:
+def bias_by_token(bias: Any, limits: Limits = CEILING) -> dict[int, float]:
     """OpenAI's `{"token id": bias}` with integer keys, few entries and values in [-100, 100]."""
     bias = {} if bias is None else bias
     if not isinstance(bias, Mapping):
         raise RequestError("logit_bias must map token ids to numbers", param="logit_bias")
-    if len(bias) > MAX_BIAS_ENTRIES:
-        raise RequestError(
-            f"logit_bias has {len(bias)} entries, at most {MAX_BIAS_ENTRIES} are allowed",
-            param="logit_bias",
-        )
+    check_count("logit_bias", len(bias), "entries", limits.bias_entries)
     checked: dict[int, float] = {}
     for key, value in bias.items():
         token = bias_token(key)
@@ -301,6 +288,56 @@ def bias_token(key: Any) -> int:
     if token is None:
         raise RequestError("the keys of logit_bias must be token ids", param="logit_bias")
     return token
+
+
+def check_count(name: str, count: int, what: str, most: int) -> None:
+    """Raise where parameter `name` has more than `most` of `what`."""
+    if count > most:
+        raise RequestError(f"{name} has {count:d} {what}, at most {most} are allowed", param=name)
+
+
+def check_within(given: Mapping[str, Any], limits: Limits) -> None:
+    """Raise RequestError where one of the fields `given` of SamplingParams is past `limits`."""
+    most = {"n": limits.n, "logprobs": limits.logprobs, "prompt_logprobs": limits.logprobs}
+    for name, high in most.items():
+        if name in given:
+            check_number(name, given[name], int, BOUNDS[name][1], high)
+    plain_stops(given.get("stop"), limits)
+    plain_stop_tokens(given.get("stop_token_ids"), limits)
+    bias_by_token(given.get("logit_bias"), limits)
+
+
+def check_num_sequences(total: int, limits: Limits) -> None:
+    """Raise RequestError for a request of too many sequences."""
+    if total > limits.sequences:
+        raise RequestError(
+            f"prompts times n is {total}; at most {limits.sequences} are allowed", param="n"
+        )
+
+
+def check_prompt_tokens(total: int, limits: Limits, *, param: str) -> None:
+    """Raise RequestError where the prompts of all sequences of a request are too long together."""
+    if total > limits.prompt_tokens:
+        raise RequestError(
+            f"prompt tokens times n are more than {limits.prompt_tokens}, the most that is allowed "
+            "in one request. Send fewer prompts in one, or lower n.",
+            param=param,
+        )
+
+
+def most_tokens(params: SamplingParams, num_sequences: int, limits: Limits) -> int:
+    """How many tokens each of a request's sequences may write. Raises RequestError for more."""
+    most = limits.answer_tokens // num_sequences
+    if params.logprobs is not None:
+        most = min(most, limits.logprob_entries // (num_sequences * (params.logprobs + 1)))
+    if (params.max_tokens or 1) > most:
+        raise RequestError(
+            f"max_tokens may be {most} at most in a request of {num_sequences} sequences (prompts "
+            f"times n) with {'no' if params.logprobs is None else params.logprobs} logprobs, got "
+            f"{params.max_tokens or 'none, which is one at least'}",
+            param="max_tokens",
+        )
+    return most
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ decode step: a row has a `count` of tokens to compute, and that is all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NewType
 
 import msgspec
@@ -43,6 +43,9 @@ class Step:
             where samples[i], draws the token after them
     growth  block grown_blocks[j] becomes entry grown_index[j] of grown_slots[j]'s block table; for
             a joining slot this is its whole table
+
+    Slots that join or grow have a row. A step may be launched again, whole or in parts: what a row
+    writes has a place of its own, and its draw is keyed by seed and position.
     """
 
     id: int
@@ -59,6 +62,33 @@ class Step:
     def num_tokens(self) -> int:
         """Tokens computed in this step, over all rows."""
         return sum(self.counts)
+
+    def of_rows(self, rows: list[int]) -> Step:
+        """The same for these rows alone, in this order."""
+        slots = [self.slots[row] for row in rows]
+        kept = set(slots)
+        grown = [at for at, slot in enumerate(self.grown_slots) if slot in kept]
+        return Step(
+            self.id,
+            [join for join in self.joins if join.slot in kept],
+            slots,
+            [self.starts[row] for row in rows],
+            [self.counts[row] for row in rows],
+            [self.samples[row] for row in rows],
+            [self.grown_slots[at] for at in grown],
+            [self.grown_index[at] for at in grown],
+            [self.grown_blocks[at] for at in grown],
+        )
+
+    def of_tokens(self, count: int) -> tuple[Step, Step]:
+        """A step of one row as two: its first `count` tokens, then the others."""
+        ((start,), (whole,)) = self.starts, self.counts
+        assert 0 < count < whole, "both have a token"
+        first = replace(self, counts=[count], samples=[False])
+        then = Step(
+            self.id, [], self.slots, [start + count], [whole - count], self.samples, [], [], []
+        )
+        return first, then
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -80,13 +110,13 @@ class StepOutput:
 
     `logprobs[i]` belongs to `token_ids[i]`, and is None where not asked for; the list is empty when
     nobody asked. `prompt_logprobs` maps a slot to those of the prompt tokens after each computed
-    one. `bad_slots` drew from logits that were not finite: their tokens mean nothing.
+    one. `failed` says why a slot's sequence cannot go on: its token means nothing.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: dict[Slot, list[TokenLogprobs]] = field(default_factory=dict)
-    bad_slots: list[Slot] = field(default_factory=list)
+    failed: dict[Slot, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagedserve.errors import ContextLengthExceeded, RequestError
+from pagedserve.limits import CEILING
 from pagedserve.request import (
     BOUNDS,
     FLAGS,
-    MAX_BIAS_ENTRIES,
-    MAX_STOP_STRINGS,
     MAY_BE_NONE,
     Request,
     SamplingParams,
@@ -68,9 +67,9 @@ def test_one_stop_string_becomes_a_list() -> None:
     "stop",
     [
         [""],
-        ["x" * 257],
+        ["x" * (CEILING.stop_chars + 1)],
         [5],
-        ["x"] * (MAX_STOP_STRINGS + 1),
+        ["x"] * (CEILING.stop_strings + 1),
         ["\ud800"],
         "\ud800",
         5,
@@ -111,7 +110,7 @@ def test_bias_keys_may_be_strings_as_json_has_them() -> None:
         {None: 1},
         {1.0: 1},
         [5],
-        dict.fromkeys(range(MAX_BIAS_ENTRIES + 1), 1),
+        dict.fromkeys(range(CEILING.bias_entries + 1), 1),
     ],
 )
 def test_bad_biases_are_refused(bias: Any) -> None:

@@ -5,6 +5,7 @@
     app.py        the routes and what every request passes through
     service.py    what the routes share: engine client, tokenizer, phase
     checkpoint.py what this process reads of a model: tokenizer, template, defaults
+    json_shape.py how deep a body nests, before it is parsed
     answer.py     one HTTP request's sequences: Deltas as they come, abort exactly once
     openai_*.py   the OpenAI dialect: schema, completions, chat
     sse.py        how a stream is framed

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pagedserve.api.admission import EXPIRE_REASONS, REJECT_REASONS, Admission
 from pagedserve.engine.channel import Stats
+from pagedserve.errors import without_places
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -136,6 +137,11 @@ class Metrics:
             "prefix_cache_hits", "Prompt tokens found in the cache", stats.prefix_hits
         )
         yield self._counter("engine_steps", "Steps of the engine", stats.steps)
+        yield self._counter(
+            "engine_broken_steps",
+            "Steps that broke off and were computed again",
+            stats.broken_steps,
+        )
 
     def _death_families(self) -> Iterator[Metric]:
         """Engines that died, and of what the last one."""
@@ -155,7 +161,8 @@ class Metrics:
             labels=[*self._labels, "cause"],
         )
         if self.last_death is not None:
-            family.add_metric([*self._labels.values(), self.last_death], 1.0)
+            cause = without_places(self.last_death)
+            family.add_metric([*self._labels.values(), cause], 1.0)
         yield family
 
     def _admission_families(self, admission: Admission) -> Iterator[Metric]:

@@ -16,7 +16,7 @@ from pagedserve.api.openai_shapes import Head, check_model, choices_of, json_res
 from pagedserve.api.service import INLINE_BYTES, Service, in_thread_if
 from pagedserve.api.sse import Envelope, EventStream, encode
 from pagedserve.errors import RequestError
-from pagedserve.request import SamplingParams
+from pagedserve.request import SamplingParams, check_prompt_tokens, most_tokens
 from pagedserve.text.chat import NO_TEMPLATE, check_messages
 from pagedserve.text.deltas import Delta
 from pagedserve.text.tokenizer import Tokenizer
@@ -27,10 +27,13 @@ MARK = "\ue000"  # stands for the text while a chunk's unchanging part is render
 async def create_chat_completion(service: Service, request: HttpRequest) -> Response:
     """The handler."""
     service.check_available()
-    body = await read_body(request, ChatBody, NEUTRAL_CHAT)
+    body = await read_body(request, ChatBody, NEUTRAL_CHAT, service.limits)
     check_model(service, body.model)
     params = body.params(
-        service.generation.defaults, max_tokens=body.limit(), logprobs=body.num_logprobs()
+        service.generation.defaults,
+        service.limits,
+        max_tokens=body.limit(),
+        logprobs=body.num_logprobs(service.limits),
     )
     visit = visit_of(request)
     priority = visit.tenant.priority(body.priority)
@@ -54,15 +57,19 @@ def prepare(
 
     Raises RequestError. May run in a thread.
     """
-    messages = check_messages(body.messages)
+    limits = service.limits
+    messages = check_messages(body.messages, limits)
+    most = most_tokens(params, params.n, limits)
     if service.template is None:
         raise RequestError(NO_TEMPLATE, param="messages", code="no_chat_template")
     text = service.template.render(messages)
     service.check_chars([text], param="messages")
     # The template wrote the special tokens; the tokenizer must not add them again.
     ids = service.encode(text, add_special_tokens=False)
-    usual = service.generation.max_tokens
-    return ids, service.check(ids, params, param="messages", usual_tokens=usual)
+    check_prompt_tokens(len(ids) * params.n, limits, param="messages")
+    usual = min(service.generation.max_tokens or most, most)
+    least = service.generation.min_tokens if body.min_tokens is None else 0
+    return ids, service.check(ids, params, param="messages", usual_tokens=usual, least_tokens=least)
 
 
 async def whole_choice(

@@ -13,15 +13,20 @@ from pagedserve.api.door import visit_of
 from pagedserve.api.openai_logprobs import Table, prompt_offsets
 from pagedserve.api.openai_schema import NEUTRAL_COMPLETION, CompletionBody, read_body
 from pagedserve.api.openai_shapes import Head, check_model, choices_of, json_response, usage_of
-from pagedserve.api.service import INLINE_BYTES, Service, check_num_sequences, in_thread_if
+from pagedserve.api.service import INLINE_BYTES, Service, in_thread_if
 from pagedserve.api.sse import Envelope, EventStream, encode
 from pagedserve.errors import ContextLengthExceeded, RequestError
-from pagedserve.request import FinishReason, SamplingParams
+from pagedserve.limits import Limits
+from pagedserve.request import (
+    FinishReason,
+    SamplingParams,
+    check_num_sequences,
+    check_prompt_tokens,
+    most_tokens,
+)
 from pagedserve.text.deltas import Delta
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, where the model has none
-MAX_PROMPTS = 1024
-MAX_PROMPT_ENTRIES = 4_000_000  # log-probabilities of prompts in one answer: about 100 MB of JSON
 MARK = "\ue000"  # stands for the text while a chunk's unchanging part is rendered
 NOTHING = Delta("", [], [], [])
 
@@ -51,7 +56,7 @@ class Job:
 async def create_completion(service: Service, request: HttpRequest) -> Response:
     """The handler."""
     service.check_available()
-    body = await read_body(request, CompletionBody, NEUTRAL_COMPLETION)
+    body = await read_body(request, CompletionBody, NEUTRAL_COMPLETION, service.limits)
     check_model(service, body.model)
     head = Head.of(service, request, "cmpl", "text_completion")
     visit = visit_of(request)
@@ -72,53 +77,65 @@ def prepare(service: Service, body: CompletionBody, head: Head) -> Job:
 
     Raises RequestError at the first prompt that is unfit: those after it cost nothing.
     """
-    scoring = bool(body.echo) and body.max_tokens == 0
+    scoring, limits = bool(body.echo) and body.max_tokens == 0, service.limits
     params = body.params(
         service.generation.defaults,
+        limits,
         max_tokens=1 if scoring else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     job = Job(body, head, [], [], [], scoring, body.logprobs is not None)
-    prompts = read_prompts(body.prompt)
-    check_num_sequences(len(prompts) * params.n)
+    prompts = read_prompts(body.prompt, limits)
+    num_sequences = len(prompts) * params.n
+    check_num_sequences(num_sequences, limits)
+    most = most_tokens(params, num_sequences, limits)
     service.check_chars([each for each in prompts if isinstance(each, str)], param="prompt")
-    num_entries = 0
+    num_tokens = 0  # of prompts, for every sequence
     for prompt in prompts:
         ids = service.encode(prompt) if isinstance(prompt, str) else prompt
-        add_prompt(service, job, prompt, ids, params)
-        num_entries += num_prompt_entries(len(ids), params)
-        check_prompt_entries(num_entries)
+        add_prompt(service, job, prompt, ids, params, most)
+        num_tokens += len(ids) * params.n
+        check_prompt_tokens(num_tokens, limits, param="prompt")
+        check_prompt_entries(num_tokens, params, limits)
     return job
 
 
 def add_prompt(
-    service: Service, job: Job, prompt: str | list[int], ids: list[int], params: SamplingParams
+    service: Service,
+    job: Job,
+    prompt: str | list[int],
+    ids: list[int],
+    params: SamplingParams,
+    most: int,
 ) -> None:
-    """Check `prompt`, whose tokens are `ids`, and add it to `job`. Raises RequestError."""
+    """Check `prompt`, whose tokens are `ids`, and add it to `job`. Raises RequestError.
+
+    `most`: tokens that may be written behind it where the request does not say how many.
+    """
     assert service.tokenizer is not None
     if job.scoring:
         check_scored(len(ids), service.check_available().max_model_len)
-    usual = service.generation.max_tokens or DEFAULT_MAX_TOKENS
-    settled = service.check(ids, params, param="prompt", usual_tokens=usual)
+    usual = min(service.generation.max_tokens or DEFAULT_MAX_TOKENS, most)
+    least = service.generation.min_tokens if job.body.min_tokens is None else 0
+    settled = service.check(
+        ids, params, param="prompt", usual_tokens=usual, least_tokens=0 if job.scoring else least
+    )
     job.prompts.append(ids)
     job.params.append(settled)
     if job.body.echo:
         job.texts.append(prompt if isinstance(prompt, str) else service.tokenizer.decode(ids))
 
 
-def num_prompt_entries(num_tokens: int, params: SamplingParams) -> int:
-    """How many log-probabilities of a prompt's tokens the answer holds."""
-    if params.prompt_logprobs is None:
-        return 0
-    return num_tokens * params.n * (params.prompt_logprobs + 1)
+def check_prompt_entries(num_tokens: int, params: SamplingParams, limits: Limits) -> None:
+    """Raise RequestError for an answer with too many log-probabilities of prompts.
 
-
-def check_prompt_entries(num_entries: int) -> None:
-    """Raise RequestError for an answer with too many log-probabilities of prompts."""
-    if num_entries > MAX_PROMPT_ENTRIES:
+    `num_tokens`: of the prompts, for every sequence.
+    """
+    most = limits.logprob_entries
+    if params.prompt_logprobs is not None and num_tokens * (params.prompt_logprobs + 1) > most:
         raise RequestError(
-            f"with echo, prompt tokens times n times (logprobs + 1) may be {MAX_PROMPT_ENTRIES} at "
+            f"with echo, prompt tokens times n times (logprobs + 1) may be {most} at "
             "most, and this request has more. Send fewer prompts at a time, or lower logprobs.",
             param="logprobs",
         )
@@ -136,7 +153,7 @@ def check_scored(num_tokens: int, max_model_len: int) -> None:
     )
 
 
-def read_prompts(prompt: Any) -> list[str | list[int]]:
+def read_prompts(prompt: Any, limits: Limits) -> list[str | list[int]]:
     """The prompts of a request: a string, token ids, or a list of either. Raises RequestError."""
     if isinstance(prompt, str):
         return [prompt]
@@ -147,9 +164,9 @@ def read_prompts(prompt: Any) -> list[str | list[int]]:
     kinds = {type(each) for each in prompt}  # no C loop: it would keep the other threads waiting
     if kinds == {int}:
         return [prompt]
-    if len(prompt) > MAX_PROMPTS:
+    if len(prompt) > limits.prompts:
         raise RequestError(
-            f"prompt holds {len(prompt)} prompts; at most {MAX_PROMPTS} are allowed",
+            f"prompt holds {len(prompt)} prompts; at most {limits.prompts} are allowed",
             param="prompt",
         )
     if kinds == {str} or (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in prompt)):

@@ -13,18 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request as HttpRequest
 
+from pagedserve.api.json_shape import check_shape
 from pagedserve.api.service import in_thread_if
 from pagedserve.errors import PagedServeError, RequestError, shorten
-from pagedserve.request import (
-    MAX_LOGPROBS,
-    MAX_STOP_TOKEN_IDS,
-    MAX_TOKENS,
-    SamplingParams,
-    check_number,
-)
+from pagedserve.limits import CEILING, Limits
+from pagedserve.request import MAX_TOKENS, SamplingParams, check_number, check_within
 
 Float = Annotated[float, Field(allow_inf_nan=False)]
-TokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)]
+TokenIds = Annotated[list[int], Field(fail_fast=True, max_length=CEILING.stop_token_ids)]
 Name = Annotated[str, Field(max_length=1024)]
 Priority = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 
@@ -105,15 +101,19 @@ class SamplingFields(BaseModel):
         if self.stream_options.include_obfuscation:
             raise unsupported("stream_options.include_obfuscation")
 
-    def params(self, defaults: Mapping[str, Any], **settled: Any) -> SamplingParams:
+    def params(self, defaults: Mapping[str, Any], limits: Limits, **settled: Any) -> SamplingParams:
         """The sampling parameters, with the model's `defaults` for what is left out.
 
-        `settled` are those that the dialects name differently.
+        `settled` are those that the dialects name differently. Raises RequestError where what was
+        given is past `limits`.
         """
         if self.stop is not None and not isinstance(self.stop, (str, list)):
             raise RequestError("stop must be a string or a list of strings", param="stop")
+        # Those of the tokens are for who knows what fits: `service.check`.
+        defaults = {name: value for name, value in defaults.items() if name != "min_tokens"}
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         given = {name: value for name, value in given.items() if value is not None}
+        check_within(given | settled, limits)
         return SamplingParams(**{**defaults, **given, **settled})
 
 
@@ -138,10 +138,10 @@ class ChatBody(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
-    def num_logprobs(self) -> int | None:
+    def num_logprobs(self, limits: Limits) -> int | None:
         """`SamplingParams.logprobs` from OpenAI's pair of fields."""
         if self.top_logprobs is not None:
-            check_number("top_logprobs", self.top_logprobs, int, 0, MAX_LOGPROBS)
+            check_number("top_logprobs", self.top_logprobs, int, 0, limits.logprobs)
             if not self.logprobs and self.top_logprobs > 0:
                 raise RequestError(
                     "top_logprobs is only allowed when logprobs is true", param="top_logprobs"
@@ -165,7 +165,10 @@ Body = TypeVar("Body", bound=SamplingFields)
 
 
 async def read_body(
-    request: HttpRequest, kind: type[Body], neutral: Mapping[str, tuple[Any, ...]]
+    request: HttpRequest,
+    kind: type[Body],
+    neutral: Mapping[str, tuple[Any, ...]],
+    limits: Limits,
 ) -> Body:
     """The request's JSON as `kind`. Raises RequestError naming the first thing that is wrong."""
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -175,11 +178,15 @@ async def read_body(
             code="unsupported_media_type",
         )
     body = await request.body()
-    return await in_thread_if(len(body) > MAX_INLINE_PARSE_BYTES, parsed, body, kind, neutral)
+    large = len(body) > MAX_INLINE_PARSE_BYTES
+    return await in_thread_if(large, parsed, body, kind, neutral, limits)
 
 
-def parsed(body: bytes, kind: type[Body], neutral: Mapping[str, tuple[Any, ...]]) -> Body:
+def parsed(
+    body: bytes, kind: type[Body], neutral: Mapping[str, tuple[Any, ...]], limits: Limits
+) -> Body:
     """`body` as `kind`; see `read_body`."""
+    check_shape(body, limits)
     try:
         fields = from_json(body, cache_strings="none")
     except ValueError as error:

@@ -8,25 +8,30 @@ before any route, key or body limit is asked.
 
 from __future__ import annotations
 
+import asyncio
+
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pagedserve.api.openai_shapes import error_response
 from pagedserve.errors import RequestError
-
-MAX_HEAD_BYTES = 64 << 10
+from pagedserve.limits import Limits
 
 
 class BoundedHeads(HttpToolsProtocol):
-    """Answers 431 and closes where a request's head is longer than MAX_HEAD_BYTES.
+    """Answers 431 and closes where a request's head is longer than `max_bytes`.
 
     A head that begins in the same read as the end of another request (pipelining) is counted from
     the next read on: it may be longer by that one read. What follows the chunks of a chunked body
     (trailers) is counted as a head too.
     """
 
+    max_bytes = Limits().head_bytes
     _in_head = True
     _num_heads = 0
-    _room = MAX_HEAD_BYTES
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._room = self.max_bytes
 
     def data_received(self, data: bytes) -> None:
         while data and not self.transport.is_closing():
@@ -60,7 +65,7 @@ class BoundedHeads(HttpToolsProtocol):
                 self._refuse()
 
     def _open_head(self) -> None:
-        self._in_head, self._room = True, MAX_HEAD_BYTES
+        self._in_head, self._room = True, self.max_bytes
         self._num_heads += 1
 
     def _close_head(self) -> None:
@@ -69,14 +74,19 @@ class BoundedHeads(HttpToolsProtocol):
     def _refuse(self) -> None:
         # Into an answer that is under way nothing can be written: the client just loses it.
         if self.cycle is None or self.cycle.response_complete:
-            self.transport.write(refusal(self.server_state.default_headers))
+            self.transport.write(refusal(self.max_bytes, self.server_state.default_headers))
         self.transport.close()
 
 
-def refusal(default_headers: list[tuple[bytes, bytes]]) -> bytes:
+def bounded_heads(max_bytes: int) -> type[BoundedHeads]:
+    """The protocol with another bound; uvicorn makes its objects itself."""
+    return type("BoundedHeads", (BoundedHeads,), {"max_bytes": max_bytes})
+
+
+def refusal(max_bytes: int, default_headers: list[tuple[bytes, bytes]]) -> bytes:
     """The 431 as it goes over the wire."""
     error = RequestError(
-        f"the request line and headers are longer than {MAX_HEAD_BYTES} bytes",
+        f"the request line and headers are longer than {max_bytes} bytes",
         code="headers_too_large",
     )
     error.status = 431

@@ -1,6 +1,7 @@
 """Attention on a GPU by our own kernels: rows of one token, and rows of several.
 
-    rows of one token    kernels/paged_decode          equal shares of all keys
+    rows of one token    kernels/paged_decode_cuda     few rows and nothing else, where it is built
+                         kernels/paged_decode          equal shares of all keys
     rows of several      kernels/paged_prefill_wgmma   plain cases on GPUs of capability 9.0
                          kernels/paged_prefill         everything else
 
@@ -20,7 +21,13 @@ from torch import Tensor
 
 from pagedserve.attention.batch import Batch
 from pagedserve.device import Device
-from pagedserve.kernels import kv_write, paged_decode, paged_prefill, paged_prefill_wgmma
+from pagedserve.kernels import (
+    kv_write,
+    paged_decode,
+    paged_decode_cuda,
+    paged_prefill,
+    paged_prefill_wgmma,
+)
 from pagedserve.kernels.paged_decode import DecodePlan, Shape
 from pagedserve.kernels.paged_prefill import PrefillPlan
 from pagedserve.spec import Attn
@@ -45,9 +52,13 @@ class Processors:
 
 @dataclass(slots=True)
 class TritonPlan:
-    """Made as the layers come: the work of each shape, and of each tile and sight."""
+    """Made as the layers come: the work of each shape, and of each tile and sight.
+
+    started: `paged_decode_cuda` was launched in this step.
+    """
 
     batch: Batch
+    started: bool = False
     decodes: dict[Shape, DecodePlan] = field(default_factory=dict)
     prefills: dict[tuple[int, int, int], PrefillPlan] = field(default_factory=dict)
 
@@ -61,7 +72,10 @@ class TritonPlan:
 
 
 class TritonAttention:
-    """See the module. `processors`: of the device, unless a test says otherwise."""
+    """See the module. `processors`: of the device, unless a test says otherwise.
+
+    `few_rows`: the kernels in CUDA C++, where there are any for this GPU.
+    """
 
     name = "triton"
     needs_lens = False
@@ -70,6 +84,8 @@ class TritonAttention:
     def __init__(self, device: Device, processors: Processors | None = None):
         self.processors = processors or Processors.of(device.torch)
         self.descriptors = paged_prefill_wgmma.CacheDescriptors()
+        ours = device.is_gpu and self.processors.capability == paged_decode_cuda.CAPABILITY
+        self.few_rows = paged_decode_cuda.load() if ours else None
 
     def supports(self, attn: Attn, kv_dtype: torch.dtype, block_size: int) -> str | None:
         """See `AttentionBackend`."""
@@ -109,11 +125,51 @@ class TritonAttention:
         q = kv_write.rows(q)
         out = q.new_empty((q.shape[0], attn.heads, attn.values_in_keys or attn.head_dim))
         shape = shape_of(attn, kv)
-        if plan.some_decode:
+        if self._fits_few_rows(q, kv, plan, shape):
+            self._decode_few(q, kv, out, plan, shape, attn, slopes, sinks)
+        elif plan.some_decode:
             self._decode(q, kv, out, plan, shape, attn, slopes, sinks)
         if plan.some_prefill:
             self._prefill(q, kv, out, plan, shape, attn, slopes, sinks)
         return out
+
+    def _fits_few_rows(self, q: Tensor, kv: Tensor, plan: TritonPlan, shape: Shape) -> bool:
+        """The rule of who decodes; benchmarks/RESULTS.md has the figures that it follows."""
+        batch = plan.batch
+        if self.few_rows is None or plan.some_prefill:
+            return False
+        reason = paged_decode_cuda.refusal(shape, q, kv, batch.block_tables, batch.seq_lens)
+        return reason is None
+
+    def _decode_few(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        out: Tensor,
+        plan: TritonPlan,
+        shape: Shape,
+        attn: Attn,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+    ) -> None:
+        batch, native = plan.batch, self.few_rows
+        assert native is not None, "asked for where it fits"
+        paged_decode_cuda.paged_decode_cuda(
+            native,
+            q,
+            kv,
+            out,
+            batch.block_tables,
+            batch.seq_lens,
+            shape,
+            paged_decode_cuda.tune(shape, len(batch.seq_lens), self.processors.count),
+            scale=attn.scale,
+            softcap=attn.softcap,
+            slopes=slopes,
+            sinks=sinks,
+            first=not plan.started,
+        )
+        plan.started = True
 
     def _decode(
         self,
@@ -131,15 +187,12 @@ class TritonAttention:
         if work is None:
             tuning = paged_decode.tune(shape, self.processors.count, self.processors.capability)
             work = plan.decodes[shape] = paged_decode.plan_decode(
-                shape, tuning, batch.seq_lens, batch.query_start_loc
+                shape, tuning, batch.block_tables, batch.seq_lens, batch.query_start_loc
             )
         paged_decode.paged_decode(
             q,
             kv,
             out,
-            batch.block_tables,
-            batch.seq_lens,
-            batch.query_start_loc,
             work,
             scale=attn.scale,
             softcap=attn.softcap,

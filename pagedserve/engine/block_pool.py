@@ -6,8 +6,9 @@
     └───┴───┴───┘   ◀── share ────  └────────────┴──────────────────────────┘
 
 A full block of known tokens is published under the hash of the whole prefix it ends (a chain of
-SHA-256 over block contents), so an equal beginning finds it again, held or free. A free block keeps
-its content until it is taken. The pool knows no tensors and no sequences.
+SHA-256 over block contents, begun with a salt), so an equal beginning with an equal salt finds it
+again, held or free. A free block keeps its content until it is taken. The pool knows no tensors and
+no sequences.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from collections.abc import Iterable, Sequence
 
 from pagedserve.step import BlockId
 
-ROOT = b"pagedserve"
+
+def root_hash(salt: str) -> bytes:
+    """Where the chains of one salt begin; no chain of another salt has a hash of theirs."""
+    return hashlib.sha256(b"pagedserve " + salt.encode()).digest()
 
 
 def chain_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:

@@ -67,11 +67,16 @@ class Control(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """A start-up phase has begun; `seconds` is the time since the engine process started."""
+    """A start-up phase has begun, or goes on; `seconds`: since the engine process started.
+
+    `detail` says for people how far it is, `bytes_done` of `bytes_total` where it moves bytes.
+    """
 
     phase: str
     seconds: float
     detail: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
 
 
 class Ready(Message, frozen=True):
@@ -134,6 +139,7 @@ class Stats(Message, frozen=True):
     prefix_queries: int
     prefix_hits: int
     steps: int
+    broken_steps: int = 0  # that had to be computed again, see `engine.isolation`
 
 
 class Dead(Message, frozen=True):

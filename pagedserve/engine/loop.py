@@ -20,9 +20,11 @@ from pagedserve.engine.channel import (
     Stats,
     Submit,
 )
+from pagedserve.engine.isolation import Isolation
 from pagedserve.engine.scheduler import Committed, Scheduler
+from pagedserve.errors import StepError
 from pagedserve.executor.base import Executor, Ticket
-from pagedserve.step import Step
+from pagedserve.step import Step, StepOutput
 
 STATS_INTERVAL = 0.2  # seconds between Stats messages while tokens flow
 BEAT_SECONDS = 1.0  # between those of an engine with nothing to do
@@ -37,25 +39,26 @@ class Engine:
         self.channel = channel
         self.depth = depth
         self.stopping = False
+        self.pending: deque[tuple[Step, Ticket]] = deque()  # launched, in their order
+        self.isolation = Isolation(executor, self.send_stats)
         self._stats_at = 0.0
 
     def run(self) -> None:
         """Serve until a shutdown order. Raises ChannelClosed when the API process is gone."""
-        pending: deque[tuple[Step, Ticket]] = deque()
+        pending = self.pending
         self.send_stats()
         while not self.stopping:
             self.receive(block=not pending and self.scheduler.idle)
             while len(pending) >= self.depth:
-                self.commit(*pending.popleft())
+                self.commit_oldest()
             step = self.scheduler.schedule()
             assert step or pending or self.scheduler.idle, "work is waiting and nothing can run"
+            older = len(pending)
             if step:
                 self.tell_started()
-                ticket = self.executor.launch(step)
-            if pending and (not step or len(pending) >= self.depth - 1):
-                self.commit(*pending.popleft())
-            if step:
-                pending.append((step, ticket))
+                self.launch(step)
+            if pending and older and (not step or older >= self.depth - 1):
+                self.commit_oldest()
 
     def receive(self, *, block: bool) -> None:
         """Take in what the API process sent; wait for something when there is nothing to do.
@@ -92,9 +95,40 @@ class Engine:
         if started := self.scheduler.take_started():
             self.channel.send(Outputs([], [], started=started))
 
-    def commit(self, step: Step, ticket: Ticket) -> None:
-        """Wait for a step's result and pass on what it means."""
-        committed = self.scheduler.commit(step, self.executor.result(ticket))
+    def launch(self, step: Step) -> None:
+        """Start a step. One that breaks off at once is computed here, behind those before it."""
+        try:
+            self.pending.append((step, self.executor.launch(step)))
+        except StepError as error:
+            while self.pending:
+                self.commit_oldest()
+            self.compute_again([step], error)
+
+    def commit_oldest(self) -> None:
+        """Wait for the oldest step's result and pass on what it means.
+
+        If it broke off, those behind it may have computed with what it never drew.
+        """
+        step, ticket = self.pending[0]
+        try:
+            output = self.executor.result(ticket)
+        except StepError as error:
+            steps = [each for each, _ in self.pending]
+            self.pending.clear()
+            self.compute_again(steps, error)
+        else:
+            self.pending.popleft()
+            self.commit(step, output)
+
+    def compute_again(self, steps: list[Step], error: StepError) -> None:
+        """Compute and commit steps, the first of which broke off; none is in flight."""
+        self.isolation.budget.charge(steps[0], error)
+        for step in steps:
+            self.commit(step, self.isolation.again(step, self.scheduler.rows_wanted()))
+
+    def commit(self, step: Step, output: StepOutput) -> None:
+        """Pass on what a step's result means."""
+        committed = self.scheduler.commit(step, output)
         if committed:
             self.send(committed)
         if time.monotonic() - self._stats_at > STATS_INTERVAL:
@@ -128,5 +162,6 @@ class Engine:
                 prefix_queries=scheduler.num_prefix_queries,
                 prefix_hits=scheduler.num_prefix_hits,
                 steps=scheduler.num_steps,
+                broken_steps=self.isolation.budget.num_failures,
             )
         )

@@ -286,6 +286,12 @@ class Scheduler:
         started, self._started = self._started, []
         return started
 
+    def rows_wanted(self) -> list[int]:
+        """Rows of the oldest launched step whose results still matter; the others' sequences were
+        aborted or preempted, or have failed."""
+        rows = self._launched[0]
+        return [at for at, each in enumerate(rows) if each.status is Status.RUNNING]
+
     # ── a step's result in ───────────────────────────────────────────────────────────────────────
 
     def commit(self, step: Step, output: StepOutput) -> Committed:
@@ -294,7 +300,7 @@ class Scheduler:
         committed = Committed()
         block_size, ids, token_ids = self.block_size, committed.ids, committed.token_ids
         sampled, logprobs = iter(output.token_ids), iter(output.logprobs)
-        rare = bool(output.logprobs or output.prompt_logprobs or output.bad_slots)
+        rare = bool(output.logprobs or output.prompt_logprobs or output.failed)
         for sequence, start, count, samples in zip(
             rows, step.starts, step.counts, step.samples, strict=True
         ):
@@ -330,9 +336,9 @@ class Scheduler:
         entry: TokenLogprobs | None,
         committed: Committed,
     ) -> bool:
-        """What few steps bring: bad logits, log-probabilities. False when the sequence failed."""
-        if sequence.slot in output.bad_slots:
-            committed.failed.append((sequence.id, "the model's logits were not finite"))
+        """What few steps bring: failures, log-probabilities. False when the sequence failed."""
+        if sequence.slot in output.failed:
+            committed.failed.append((sequence.id, output.failed[sequence.slot]))
             self._end(sequence, Status.FINISHED)
             return False
         if sequence.slot in output.prompt_logprobs:

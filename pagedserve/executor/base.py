@@ -18,11 +18,15 @@ class Executor(Protocol):
         ...
 
     def launch(self, step: Step) -> Any:
-        """Start a step; returns its Ticket without waiting for the device."""
+        """Start a step; returns its Ticket without waiting for the device.
+
+        Raises StepError where it broke off and the device is sound: what it took is given back, and
+        a step may be launched. Any other error is the end of the engine.
+        """
         ...
 
     def result(self, ticket: Ticket) -> StepOutput:
-        """Wait for a launched step."""
+        """Wait for a launched step. Raises StepError as `launch`, also of those behind it."""
         ...
 
     def stop(self) -> None:

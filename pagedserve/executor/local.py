@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 from pagedserve.config import Config
 from pagedserve.executor.base import Ticket
+from pagedserve.models.telling import Tell
 from pagedserve.step import EngineInfo, Step, StepOutput
+from pagedserve.worker.faults import unless_broken
 from pagedserve.worker.start import Launched, Worker, start
 
 
 class LocalExecutor:
     """Runs every step on one Runner; the simplest `base.Executor`."""
 
-    def __init__(self, config: Config, on_progress: Callable[[str, str], None]):
+    def __init__(self, config: Config, on_progress: Tell):
         self._config = config
         self._on_progress = on_progress
         self._worker: Worker | None = None
@@ -26,12 +27,17 @@ class LocalExecutor:
 
     def launch(self, step: Step) -> Ticket:
         """Enqueue the step's forward and sampling on the device."""
-        assert self._worker is not None, "start() comes first"
-        return Ticket(self._worker.launch(step))
+        worker = self._started
+        return Ticket(unless_broken(worker, lambda: worker.launch(step)))
 
     def result(self, ticket: Ticket) -> StepOutput:
         """Wait for the step's tokens."""
-        return cast(Launched, ticket).result()
+        return unless_broken(self._started, cast(Launched, ticket).result)
+
+    @property
+    def _started(self) -> Worker:
+        assert self._worker is not None, "start() comes first"
+        return self._worker
 
     def stop(self) -> None:
         """Let go of the model and the cache."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pagedserve.kernels import extension
+from pagedserve.kernels import extension, reference
 
 P, L, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -105,6 +105,12 @@ class Kernels:
         y = torch.empty_like(x)
         self.native.gelu_tanh(x.data_ptr(), y.data_ptr(), x.numel())
         return y
+
+    def angles(
+        self, positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """`reference.angles` itself: once a step, and no part of its time."""
+        return reference.angles(positions, frequencies, factor, dtype)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`reference.rotary`. x: any stride between tokens."""

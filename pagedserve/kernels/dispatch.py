@@ -25,6 +25,8 @@ log = logging.getLogger("pagedserve")
 
 FORMAT = 1
 GEMV_ROWS = 4
+SKINNY_ROWS = 32
+SKINNY_REGISTERS = {4: 192, 8: 192, 16: 64}  # by warps: of a thread, for blocks on their way
 SPLIT_ROWS = 64
 # Gated? → rows → the largest matrix for which a gemv was as fast as the tensor cores.
 MOST_WEIGHTS = {False: {2: 64 << 20, 4: 4 << 20}, True: {2: 8 << 20, 4: 0}}
@@ -58,15 +60,27 @@ class SplitK:
 
 
 @dataclass(frozen=True, slots=True)
+class Skinny:
+    """`skinny.skinny` and its blocks."""
+
+    lines: int = 16
+    block_k: int = 128
+    num_warps: int = 8
+    ahead: int = 1
+    kind: Literal["skinny"] = "skinny"
+
+
+@dataclass(frozen=True, slots=True)
 class Library:
     """torch's own product, and kernels for what was to be fused."""
 
     kind: Literal["library"] = "library"
 
 
-Choice = Gemv | SplitK | Library
-KINDS: dict[str, type[Gemv] | type[SplitK] | type[Library]] = {
+Choice = Gemv | Skinny | SplitK | Library
+KINDS: dict[str, type[Gemv] | type[Skinny] | type[SplitK] | type[Library]] = {
     "gemv": Gemv,
+    "skinny": Skinny,
     "split_k": SplitK,
     "library": Library,
 }

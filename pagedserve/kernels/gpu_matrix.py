@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagedserve.kernels import activation, norm
-from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, SplitK, Table
+from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, Skinny, SplitK, Table
 from pagedserve.kernels.gemv import gemv
 from pagedserve.kernels.launch import power_of_2
 from pagedserve.kernels.matrix import RmsWeight
+from pagedserve.kernels.skinny import skinny
 from pagedserve.kernels.split_k import MAX_ROWS, Scratch, split_k
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -66,6 +67,24 @@ class GpuMatrix:
                 block_n=choice.block_n,
                 block_k=choice.block_k,
                 num_warps=choice.num_warps,
+            )
+        if isinstance(choice, Skinny):
+            if x.dtype != torch.bfloat16:
+                x, norm = normed(x, norm), None
+            return skinny(
+                x,
+                self.weight,
+                bias=bias,
+                norm=None if norm is None else norm.weight,
+                eps=0.0 if norm is None else norm.eps,
+                act=gated,
+                gated=gated is not None,
+                limit=limit,
+                residual=residual,
+                lines=choice.lines,
+                block_k=choice.block_k,
+                num_warps=choice.num_warps,
+                ahead=choice.ahead,
             )
         x = normed(x, norm)
         if isinstance(choice, SplitK):

@@ -11,6 +11,7 @@ from pagedserve.kernels.activation import (
     gelu_tanh_and_mul,
     silu_and_mul,
 )
+from pagedserve.kernels.angles import angles
 from pagedserve.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from pagedserve.kernels.qk_rope_kv import qk_rope_kv
 from pagedserve.kernels.reference import gelu_tanh
@@ -20,6 +21,7 @@ __all__ = [
     "act_and_mul",
     "add_layer_norm",
     "add_rms_norm",
+    "angles",
     "gelu_and_mul",
     "gelu_tanh",
     "gelu_tanh_and_mul",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -11,6 +12,10 @@ class Ops(Protocol):
     """What each means is said in `reference`, which is the plain form itself."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def angles(
+        self, positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]: ...
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
 

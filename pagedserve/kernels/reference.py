@@ -34,6 +34,23 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def angles(
+    positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · frequency, times `factor`, as `rotary` wants them.
+
+    positions: [T] int64; frequencies: [R / 2] float32 → [T, 1, R] each. In float32, then `dtype`.
+    """
+    angle = torch.outer(positions.float(), frequencies)
+    cos, sin = angle.cos(), angle.sin()
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    return (
+        torch.cat((cos, cos), -1).unsqueeze(1).to(dtype),
+        torch.cat((-sin, sin), -1).unsqueeze(1).to(dtype),
+    )
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first R dimensions of each head by its token's angles (NeoX halves).
 

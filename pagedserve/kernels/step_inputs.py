@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pagedserve.kernels.aot import Variant
+from pagedserve.kernels.aot import Variant, older
+from pagedserve.kernels.launch import dependent, launch_dependents, wait
 
 HEADER = 4
 TOKENS = 64  # of one program
@@ -122,8 +123,11 @@ def rows_kernel(
     table_stride,
     ROWS: tl.constexpr,
     GROWTHS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program. rows: of the graph, ≤ ROWS; scratch: the scratch slot."""
+    launch_dependents(PDL)
+    wait(PDL)
     real = tl.load(message)
     grown = tl.load(message + 1)
     base = message + 4 + 4 * message_rows
@@ -166,8 +170,11 @@ def tables_kernel(
     row_stride,
     PAGE: tl.constexpr,
     TABLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Row program_id(0), entries program_id(1) · TABLE …: those that its context needs."""
+    launch_dependents(PDL)
+    wait(PDL)
     row = tl.program_id(0)
     first = tl.program_id(1) * TABLE
     blocks = tl.cdiv(tl.load(seq_lens + row), PAGE)
@@ -197,8 +204,11 @@ def tokens_kernel(
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Tokens program_id(0) · TOKENS …"""
+    launch_dependents(PDL)
+    wait(PDL)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     r = tl.arange(0, ROWS)
     ends = tl.load(query_start_loc + 1 + r, mask=r < rows, other=2147483647)
@@ -222,9 +232,20 @@ def tokens_kernel(
 
 @triton.jit
 def append_kernel(
-    drawn, finite, targets, places, token_ids, results, rows, id_stride, ROWS: tl.constexpr
+    drawn,
+    finite,
+    targets,
+    places,
+    token_ids,
+    results,
+    rows,
+    id_stride,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program. results: [2, rows] int32, tokens, then whether their logits were finite."""
+    launch_dependents(PDL)
+    wait(PDL)
     r = tl.arange(0, ROWS)
     inside = r < rows
     token = tl.load(drawn + r, mask=inside)
@@ -270,6 +291,7 @@ def make_inputs(
         tables.stride(0),
         ROWS=wide,
         GROWTHS=GROWTHS,
+        **dependent(message),
     )
     tables_kernel[(rows, triton.cdiv(tables.shape[1], TABLE))](
         inputs.slots,
@@ -280,6 +302,7 @@ def make_inputs(
         inputs.block_tables.stride(0),
         PAGE=page,
         TABLE=TABLE,
+        **dependent(message),
     )
     tokens_kernel[(triton.cdiv(tokens, TOKENS),)](
         inputs.query_start_loc,
@@ -298,6 +321,7 @@ def make_inputs(
         PAGE=page,
         ROWS=wide,
         TOKENS=TOKENS,
+        **dependent(message),
     )
 
 
@@ -316,6 +340,7 @@ def append(
         rows,
         token_ids.stride(0),
         ROWS=triton.next_power_of_2(rows),
+        **dependent(drawn),
     )
 
 
@@ -341,7 +366,7 @@ def variant(kernel: object, constants: dict[str, int]) -> Variant:
     names = kernel.arg_names  # type: ignore[attr-defined]
     types = {name: TYPES[name] for name in names if name in TYPES}
     label = f"step inputs, {kernel.fn.__name__}"  # type: ignore[attr-defined]
-    return Variant(label, kernel, types, constants, unaligned=SIZES)
+    return Variant(label, kernel, types, constants | {"PDL": True}, unaligned=SIZES, capability=90)
 
 
 AOT = [
@@ -350,3 +375,4 @@ AOT = [
     variant(tokens_kernel, {"PAGE": 16, "ROWS": 256, "TOKENS": TOKENS}),
     variant(append_kernel, {"ROWS": 256}),
 ]
+AOT += [older(each) for each in AOT]

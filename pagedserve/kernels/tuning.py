@@ -8,6 +8,7 @@ version of Triton; `dispatch.by_rule` is what everybody else uses.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import statistics
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pagedserve.kernels import dispatch, gpu, launch
-from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, SplitK, Table
+from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, Skinny, SplitK, Table
 from pagedserve.kernels.gpu_matrix import GpuMatrix
 from pagedserve.kernels.split_k import MAX_PROGRAMS, MAX_ROWS, Scratch
 
@@ -44,6 +45,7 @@ def candidates(product: Product, table: Table) -> list[Choice]:
                 sums = rows * lines * block_n * block_k // (32 * min(4, block_k // 256))
                 if block_k <= columns and 16 <= sums <= 64:
                     found.append(Gemv(block_n, block_k, min(4, block_k // 256)))
+    found += skinny_blocks(product)
     if rows >= 2:
         blocks = -(-product.size // dispatch.BLOCK_N)
         rule = dispatch.split_blocks(product, table.processors, table.capability)
@@ -63,6 +65,21 @@ def candidates(product: Product, table: Table) -> list[Choice]:
         for choice in found
         if not isinstance(choice, SplitK) or dispatch.shared_bytes(product, choice) <= room
     ]
+
+
+def skinny_blocks(product: Product) -> list[Choice]:
+    """As many blocks ahead as registers hold, and about half of that."""
+    found: dict[Choice, None] = {}
+    if product.rows <= dispatch.SKINNY_ROWS:
+        for warps, most in dispatch.SKINNY_REGISTERS.items():
+            for lines, block_k in itertools.product((16, 32), (64, 128)):
+                steps = -(-product.columns // (block_k * warps))
+                one = (lines + 2 * max(8, product.rows)) * block_k // 64
+                ahead = min(steps, most // one)
+                if block_k * warps <= product.columns and ahead:
+                    for n in (ahead, -(-ahead // 2)):
+                        found[Skinny(lines, block_k, warps, n)] = None
+    return list(found)
 
 
 def products(

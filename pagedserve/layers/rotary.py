@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pagedserve.errors import StartupError
+from pagedserve.kernels.ops import Ops
 from pagedserve.spec import QueryScale, Rope
 
 
@@ -29,12 +30,13 @@ class Angles:
 
 
 class Rotary:
-    """Frequencies of one Rope, for contexts of up to `context` tokens.
+    """Frequencies of one Rope, for contexts of up to `context` tokens. `ops`: of the device.
 
     Raises StartupError for a scaling type it does not know.
     """
 
-    def __init__(self, rope: Rope, device: torch.device, context: int):
+    def __init__(self, rope: Rope, ops: Ops, device: torch.device, context: int):
+        self.ops = ops
         kind = rope.scaling.get("rope_type", "default")
         if kind not in SCALINGS:
             raise StartupError(
@@ -46,14 +48,7 @@ class Rotary:
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """positions: [T] int64. The angles are computed in float32, then cast to `dtype`."""
-        angle = torch.outer(positions.float(), self.frequencies)
-        cos, sin = angle.cos(), angle.sin()
-        if self.factor != 1.0:
-            cos, sin = cos * self.factor, sin * self.factor
-        return Angles(
-            torch.cat((cos, cos), -1).unsqueeze(1).to(dtype),
-            torch.cat((-sin, sin), -1).unsqueeze(1).to(dtype),
-        )
+        return Angles(*self.ops.angles(positions, self.frequencies, self.factor, dtype))
 
 
 def query_scale(scale: QueryScale, positions: Tensor, dtype: torch.dtype) -> Tensor:

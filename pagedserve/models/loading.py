@@ -16,6 +16,8 @@ from pagedserve.models.architectures import is_native, spec_of
 from pagedserve.models.assembly import assemble
 from pagedserve.models.base import Model
 from pagedserve.models.custom import run_architecture_file
+from pagedserve.models.ring import CudaUploads, Ring
+from pagedserve.models.shards import Files
 from pagedserve.models.weights import Checkpoint, Dummy, Source
 from pagedserve.spec import DecoderSpec, ModelShape
 
@@ -46,6 +48,7 @@ def load_model(
     generation_source: str = "auto",
     generation_override: Mapping[str, Any] | None = None,
     on_progress: Callable[[str], None] = lambda phase: None,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Read the model in `directory` onto `device`.
 
@@ -55,7 +58,8 @@ def load_model(
     "native", "transformers" (see `fallback`), or "auto", the first where there is one;
     `architecture_file` adds native ones (`custom`);
     `generation_source` and `generation_override` say where the end tokens come from
-    (`generation_config.read`). `on_progress` gets phases for people. Raises StartupError for
+    (`generation_config.read`). `on_progress` gets phases for people, `on_bytes`
+    how many bytes of the weights were read, of how many. Raises StartupError for
     everything that can be wrong with a checkpoint.
     """
     if architecture_file is not None:
@@ -69,7 +73,7 @@ def load_model(
         config = config_json.complete(config)
         spec = spec_of(config)
         limit = context_limit(spec, context)
-        source = weights(directory, spec, load_format, seed, device, on_progress)
+        source = weights(directory, spec, load_format, seed, device, on_progress, on_bytes)
         decoder = assemble(spec, source, device=device, dtype=wanted, context=limit)
     else:
         from pagedserve.models.fallback.load import Asked, load_fallback  # transformers is slow
@@ -98,13 +102,15 @@ def weights(
     seed: int,
     device: Device,
     on_progress: Callable[[str], None],
+    on_bytes: Callable[[int, int], None] | None,
 ) -> Source:
     """Where the decoder's weights come from."""
     if load_format == "dummy":
         on_progress("filling weights with random numbers")
         return Dummy(seed, device.torch)
     on_progress("loading weights")
-    return Checkpoint(directory, spec, on_progress)
+    files = Ring(CudaUploads()) if device.is_gpu else Files()
+    return Checkpoint(directory, spec, on_progress, files, on_bytes)
 
 
 def context_limit(spec: ModelShape, asked: int | None) -> int:

@@ -16,6 +16,7 @@ import math
 import os
 import shlex
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,30 @@ DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    """What a file is known again by: another one in its place, or other bytes, have another."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, fd: int) -> State:
+        """Of an open file."""
+        found = os.fstat(fd)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor as its file holds it. `dtype`: the format's name; `start`: its first byte there."""
+    """A tensor as its file holds it. `dtype`: the format's name; `start`: its first byte there.
+
+    `state`: the file's, when its header was read.
+    """
 
     path: Path
+    state: State
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -129,12 +150,13 @@ def read_header(path: Path) -> dict[str, Stored]:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            state = State.of(file.fileno())
+            size = state.size
             (length,) = LENGTH.unpack(exactly(file.read(LENGTH.size), LENGTH.size))
             if length > min(MAX_HEADER_BYTES, size - LENGTH.size):
                 raise ValueError(f"its header would be {length} bytes long")
             header = json.loads(exactly(file.read(length), length))
-        return check_header(path, header, LENGTH.size + length, size)
+        return check_header(path, header, LENGTH.size + length, state)
     except UNREADABLE as error:
         size = path.stat().st_size if path.exists() else 0
         raise StartupError(
@@ -142,8 +164,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         ) from error
 
 
-def check_header(path: Path, header: Any, begin: int, size: int) -> dict[str, Stored]:
-    """The tensors of a parsed header whose data begin at byte `begin` of `size`. ValueError."""
+def check_header(path: Path, header: Any, begin: int, state: State) -> dict[str, Stored]:
+    """The tensors of a parsed header whose data begin at byte `begin`. ValueError."""
     found = {}
     end = begin
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
@@ -155,9 +177,9 @@ def check_header(path: Path, header: Any, begin: int, size: int) -> dict[str, St
         wanted = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
         if first != end or last - first != wanted:
             raise ValueError(f"{name} {shape} {dtype} does not lie where it should")
-        found[name] = Stored(path, dtype, shape, first, last - first)
+        found[name] = Stored(path, state, dtype, shape, first, last - first)
         end = last
-    if end != size:
+    if end != state.size:
         raise ValueError(f"its header speaks of {end} bytes")
     return found
 
@@ -175,22 +197,25 @@ def said(error: Exception) -> str:
 
 
 class Files:
-    """Files opened as they are needed, and read by position."""
+    """Files opened as they are needed, and read by position; several threads may."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, tuple[int, State]] = {}
+        self._opening = threading.Lock()
 
-    def read(self, stored: Stored, into: Tensor, *, skip: int = 0) -> None:
-        """Fill `into`, contiguous on the CPU, with bytes of `stored` from its byte `skip` on.
+    def read(self, stored: Stored, into: Tensor, *, skip: int = 0, later: bool = False) -> None:
+        """Fill `into`, contiguous on the CPU, with bytes of `stored` from its byte `skip` on: at
+        once, also where it might be later.
 
-        Raises StartupError where the file ends before that.
+        Raises StartupError where the file cannot be read, ends before that, or is another one than
+        when its header was read.
         """
         if into.numel() == 0:
             return
         wanted = memoryview(into.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         position, done = stored.start + skip, 0
         try:
-            fd = self._descriptor(stored.path)
+            fd = self._descriptor(stored)
             while done < len(wanted):
                 got = os.preadv(fd, [wanted[done : done + READ_BYTES]], position + done)
                 if got == 0:
@@ -199,15 +224,28 @@ class Files:
         except OSError as error:
             raise StartupError(f"cannot read {stored.path}: {error.strerror or error}") from error
 
+    def settle(self) -> None:
+        """Nothing was left for later."""
+
+    def check(self) -> None:
+        """Raise StartupError where a file that is open changed since its header was read."""
+        for path, (fd, state) in self._open.items():
+            if State.of(fd) != state:
+                raise StartupError(f"{path} was changed while it was read; start again")
+
     def close(self) -> None:
         """Close what is open."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            os.close(self._open.popitem()[1][0])
 
     def __del__(self) -> None:
         self.close()
 
-    def _descriptor(self, path: Path) -> int:
-        if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
-        return self._open[path]
+    def _descriptor(self, stored: Stored) -> int:
+        with self._opening:
+            if stored.path not in self._open:
+                fd = os.open(stored.path, os.O_RDONLY)
+                self._open[stored.path] = fd, stored.state
+                if State.of(fd) != stored.state:
+                    raise OSError("it is not the file any more whose header was read; start again")
+            return self._open[stored.path][0]

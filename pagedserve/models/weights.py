@@ -23,10 +23,10 @@ from pagedserve.spec import DecoderSpec
 log = logging.getLogger("pagedserve")
 
 DUMMY_RANGE = 1e-3  # small enough that deep random models stay finite in 16 bits
-# What is cast, turned or moved passes through memory of this size: small enough to be still in a
-# core's cache when it is cast, large enough for a copy to a device to be worth its start.
+# What is cast or turned passes through memory of this size, on the device where it stays: on a CPU
+# small enough to be still in a core's cache, on a GPU large enough for its threads and the ring's.
 STAGING_BYTES = 1 << 20
-DEVICE_STAGING_BYTES = 8 << 20
+GPU_STAGING_BYTES = 64 << 20
 # Tensors that old checkpoints hold and every implementation computes: not worth a word.
 KNOWN_BUFFERS = re.compile(
     r"rotary_emb|inv_freq|causal_mask|(attn|attention)\.(masked_)?bias$", re.IGNORECASE
@@ -45,18 +45,53 @@ class Source(Protocol):
         ...
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         """Fill `into`, casting and moving; as often and in as many parts as there are readers.
 
         `transposed`: the last two dimensions are stored the other way round. `rows`: int64 indices
         into the first dimension, after that turn; `stored[rows]` has the shape of `into`. An `into`
         that holds no floating point numbers is filled with what is stored in just its dtype.
+        `later`: nobody looks at `into` before `settle` or `finish`, so that threads need not stop
+        between one tensor and the next.
         """
+        ...
+
+    def settle(self) -> None:
+        """Have everything read that was to be read `later`."""
         ...
 
     def finish(self) -> None:
         """Raise StartupError unless what was asked for and what was there are the same."""
+        ...
+
+
+class Reading(Protocol):
+    """Brings bytes of files to where tensors stay: `shards.Files` on a CPU, else `ring.Ring`."""
+
+    def read(self, stored: Stored, into: Tensor, *, skip: int = 0, later: bool = False) -> None:
+        """Fill `into`, contiguous, with bytes of `stored` from its byte `skip` on.
+
+        `later`: it need not be whole before `settle`.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Make whole what was read `later`."""
+        ...
+
+    def check(self) -> None:
+        """Raise StartupError where a file changed while it was read."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
         ...
 
 
@@ -73,12 +108,21 @@ class Dummy:
         return None
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         if into.is_floating_point():
             into.uniform_(-DUMMY_RANGE, DUMMY_RANGE, generator=self.generator)
         else:
             into.random_(0, 128, generator=self.generator)  # fits every integer dtype
+
+    def settle(self) -> None:
+        return None
 
     def finish(self) -> None:
         return None
@@ -87,11 +131,19 @@ class Dummy:
 class Checkpoint:
     """The safetensors files of a directory, read as the model asks, never as a whole.
 
-    `on_progress` hears of every tenth of the bytes. Raises StartupError for everything that
-    `shards.stored_tensors` finds wrong, before anything is read.
+    `files` reads them, `shards.Files` if left out. `on_bytes` hears of every hundredth of the
+    bytes, how many were read and of how many; without it `on_progress` hears of every tenth. Raises
+    StartupError for everything that `shards.stored_tensors` finds wrong, before anything is read.
     """
 
-    def __init__(self, directory: Path, spec: DecoderSpec, on_progress: Callable[[str], None]):
+    def __init__(
+        self,
+        directory: Path,
+        spec: DecoderSpec,
+        on_progress: Callable[[str], None],
+        files: Reading | None = None,
+        on_bytes: Callable[[int, int], None] | None = None,
+    ):
         self.directory = directory
         self.on_progress = on_progress
         found = renamed(stored_tensors(directory), spec, directory)
@@ -103,8 +155,9 @@ class Checkpoint:
         self.missing: list[str] = []
         self.num_bytes = sum(self.tensors[name].num_bytes for name in self.used)
         self.bytes_read = 0
-        self.tenths = 0
-        self.files = Files()
+        self.parts_read = 0
+        self.on_bytes = on_bytes
+        self.files = files or Files()
         self.staging = torch.empty(0, dtype=torch.uint8)
 
     def has(self, name: str) -> bool:
@@ -114,7 +167,13 @@ class Checkpoint:
         return self.tensors[name].shape if name in self.used else None
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         stored = self.tensors.get(name)
         if stored is None:
@@ -123,13 +182,19 @@ class Checkpoint:
         self.check_dtype(name, stored, into.dtype)
         self.check_shape(name, stored, into, transposed, rows)
         if into.numel():
-            self.move(stored, into, transposed, rows)
+            self.move(stored, into, transposed, rows, later)
         if name in self.unread:
             self.unread.discard(name)
             self.report(stored.num_bytes)
 
+    def settle(self) -> None:
+        self.files.settle()
+
     def finish(self) -> None:
+        self.files.settle()
+        self.files.check()
         self.files.close()
+        self.staging = torch.empty(0, dtype=torch.uint8)
         if self.missing:
             raise StartupError(
                 f"{self.directory} lacks {len(self.missing)} tensors that its config.json needs: "
@@ -172,10 +237,12 @@ class Checkpoint:
                 f"{tuple(into.shape)}{part}"
             )
 
-    def move(self, stored: Stored, into: Tensor, transposed: bool, rows: Tensor | None) -> None:
+    def move(
+        self, stored: Stored, into: Tensor, transposed: bool, rows: Tensor | None, later: bool
+    ) -> None:
         """Bring the bytes of `stored` to `into`: straight where that is all, else in pieces.
 
-        The one place where weights move; `Files.read` may run in several threads.
+        The one place where weights move.
         """
         begin, end = 0, (*stored.shape, 1)[0]
         by_row = not transposed or len(stored.shape) > 2  # `rows` select what lies together
@@ -186,15 +253,15 @@ class Checkpoint:
         dtype = DTYPES[stored.dtype]
         row_bytes = stored.num_bytes // (*stored.shape, 1)[0]
         plain = rows is None and not transposed and into.dtype is dtype
-        if plain and into.device.type == "cpu" and into.is_contiguous():
-            self.files.read(stored, into, skip=begin * row_bytes)
+        if plain and into.is_contiguous():
+            self.files.read(stored, into, skip=begin * row_bytes, later=later)
             return
         target = into.transpose(-2, -1) if transposed else into
-        piece_bytes = STAGING_BYTES if into.device.type == "cpu" else DEVICE_STAGING_BYTES
+        piece_bytes = STAGING_BYTES if into.device.type == "cpu" else GPU_STAGING_BYTES
         step = max(1, piece_bytes // row_bytes)
         for first in range(begin, end, step):
             last = min(first + step, end)
-            piece = self.staged((last - first) * row_bytes)
+            piece = self.staged((last - first) * row_bytes, into.device)
             self.files.read(stored, piece, skip=first * row_bytes)
             part = piece.view(dtype).view(last - first, *stored.shape[1:])
             if rows is None:
@@ -202,23 +269,29 @@ class Checkpoint:
                 target.view(target.shape or (1,))[at].copy_(part)
             elif by_row:
                 (where,) = ((rows >= first) & (rows < last)).nonzero(as_tuple=True)
-                target[where.to(into.device)] = part[rows[where] - first].to(into)
+                picked = (rows[where] - first).to(into.device)
+                target[where.to(into.device)] = part[picked].to(into.dtype)
             else:
-                target[first:last].copy_(part[:, rows])
+                target[first:last].copy_(part[:, rows.to(into.device)])
 
-    def staged(self, num_bytes: int) -> Tensor:
+    def staged(self, num_bytes: int, device: torch.device) -> Tensor:
         """So many bytes of the one staging buffer."""
-        if self.staging.numel() < num_bytes:
-            self.staging = torch.empty(num_bytes, dtype=torch.uint8)
+        if self.staging.numel() < num_bytes or self.staging.device != device:
+            self.staging = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return self.staging[:num_bytes]
 
     def report(self, num_bytes: int) -> None:
-        """Tell of every full tenth once."""
+        """Tell of every full part once."""
         self.bytes_read += num_bytes
-        tenths = 10 * self.bytes_read // max(self.num_bytes, 1)
-        if tenths > self.tenths:
-            self.tenths = tenths
-            self.on_progress(f"loading weights: {10 * tenths} %")
+        parts = 10 if self.on_bytes is None else 100
+        read = parts * self.bytes_read // max(self.num_bytes, 1)
+        if read == self.parts_read:
+            return
+        self.parts_read = read
+        if self.on_bytes is None:
+            self.on_progress(f"loading weights: {10 * read} %")
+        else:
+            self.on_bytes(self.bytes_read, self.num_bytes)
 
 
 def renamed(found: dict[str, Stored], spec: DecoderSpec, directory: Path) -> dict[str, Stored]:

@@ -17,7 +17,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pagedserve.errors import RequestError, StartupError, shorten
+from pagedserve.errors import RequestError, StartupError, shorten, without_places
+from pagedserve.limits import CEILING, Limits
 from pagedserve.text.files import read_json
 from pagedserve.text.tokenizer import Tokenizer
 
@@ -27,7 +28,6 @@ NO_TEMPLATE = (
 )
 
 
-MAX_MESSAGES = 10_000  # and as many parts in a message: what is checked is checked at once
 ROLES = ("system", "developer", "user", "assistant")
 NOT_YET = ("tool_calls", "function_call", "audio")  # of an earlier answer: null or empty only
 WITHOUT_EFFECT = ("refusal", "annotations")  # what an SDK sends back of an earlier answer
@@ -74,13 +74,13 @@ class ChatTemplate:
         except Exception as error:
             # Templates run any expression over what clients send: whatever they raise, the request
             # does not suit the template.
+            reason = shorten(without_places(str(error)), 300)
             raise RequestError(
-                f"the chat template refused the messages: {shorten(str(error), 300)}",
-                param="messages",
+                f"the chat template refused the messages: {reason}", param="messages"
             ) from error
 
 
-def check_messages(messages: Any) -> list[dict[str, Any]]:
+def check_messages(messages: Any, limits: Limits = CEILING) -> list[dict[str, Any]]:
     """Messages as templates take them: `role`, `content` as a string, `name` where given.
 
     Parts of text are joined by newlines. Raises RequestError that names the place: a wrong type, an
@@ -88,17 +88,20 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     """
     if not isinstance(messages, (list, tuple)):
         raise RequestError("messages must be a list", param="messages")
-    if len(messages) > MAX_MESSAGES:
+    if len(messages) > limits.messages:
         raise RequestError(
-            f"there are {len(messages)} messages; at most {MAX_MESSAGES} are allowed",
+            f"there are {len(messages)} messages; at most {limits.messages} are allowed",
             param="messages",
         )
     if not messages:
         raise RequestError("messages is empty; give at least one message", param="messages")
-    return [check_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
+    return [
+        check_message(message, f"messages[{at}]", limits.message_parts)
+        for at, message in enumerate(messages)
+    ]
 
 
-def check_message(message: Any, where: str) -> dict[str, Any]:
+def check_message(message: Any, where: str, max_parts: int) -> dict[str, Any]:
     """One message; `where` names it in errors."""
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object with role and content", param=where)
@@ -110,7 +113,7 @@ def check_message(message: Any, where: str) -> dict[str, Any]:
                 raise RequestError(f"{place} must be one of {', '.join(ROLES)}", param=place)
             checked["role"] = value
         elif field == "content":
-            checked["content"] = content_text(value, place)
+            checked["content"] = content_text(value, place, max_parts)
         elif field == "name":
             if value is not None and not isinstance(value, str):
                 raise RequestError(f"{place} must be a string", param=place)
@@ -127,14 +130,16 @@ def check_message(message: Any, where: str) -> dict[str, Any]:
     return checked
 
 
-def content_text(content: Any, where: str) -> str:
+def content_text(content: Any, where: str, max_parts: int) -> str:
     """The text of a message: a string, or a list of `{"type": "text", "text": …}`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise RequestError(f"{where} must be a string or a list of text parts", param=where)
-    if len(content) > MAX_MESSAGES:
-        raise RequestError(f"{where} has more than {MAX_MESSAGES} parts", param=where)
+    if len(content) > max_parts:
+        raise RequestError(
+            f"{where} has {len(content)} parts; at most {max_parts} are allowed", param=where
+        )
     texts = []
     for at, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None

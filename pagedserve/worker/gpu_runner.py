@@ -19,6 +19,7 @@ from torch import Tensor
 from pagedserve.attention.base import AttentionBackend
 from pagedserve.config import Config
 from pagedserve.device import Device
+from pagedserve.kernels.sample_gpu import Needs
 from pagedserve.kernels.step_inputs import HEADER, Inputs, Message
 from pagedserve.models.loading import LoadedModel
 from pagedserve.request import SamplingParams
@@ -26,12 +27,17 @@ from pagedserve.step import BlockId, EngineInfo, Join, Slot, Step, StepOutput, T
 from pagedserve.worker import kv_cache
 from pagedserve.worker.gpu_sampler import GpuSampler
 from pagedserve.worker.prompt_logprobs import PromptLogprobs, by_slot
-from pagedserve.worker.sampler import LogprobColumns, logprob_columns
+from pagedserve.worker.sampler import NOT_FINITE, LogprobColumns, logprob_columns
 from pagedserve.worker.stages import Memory, Size, Sizes, Stages
 
 RING = 4  # steps whose buffers are in use: more than are ever in flight
 MAX_GROWTHS = 8192  # of one message; what is beyond goes in a copy of its own
 WARM_ROWS = (1, 8, 32)  # numbers of rows that kernels differ by
+EVERY_NEED = [
+    Needs(drawn, filtered, processed)
+    for processed in (False, True)
+    for drawn, filtered in ((False, False), (True, False), (True, True))
+]
 
 
 @dataclass(slots=True)
@@ -66,8 +72,10 @@ class GpuStep:
             finite = [finite[row] for row in self.sampled]
         output = StepOutput(drawn)
         if not all(finite):
-            output.bad_slots.extend(
-                slot for slot, good in zip(self.slots, finite, strict=True) if not good
+            output.failed.update(
+                (slot, NOT_FINITE)
+                for slot, good in zip(self.slots, finite, strict=True)
+                if not good
             )
         if self.logprobs is not None:
             places, columns = self.logprobs
@@ -91,7 +99,8 @@ class GpuRunner:
         backend: AttentionBackend,
     ):
         self.info = info
-        self._model, self._device = model, device.torch
+        self._model, self._place, self._device = model, device, device.torch
+        self._pins = self._device.type == "cuda"  # not in Triton's interpreter
         spec, block_size, slots = model.spec, config.cache.block_size, info.max_num_seqs + 1
         sizes = Sizes(info.max_num_seqs, info.max_num_batched_tokens)
         rows, tokens = sizes.largest()
@@ -127,8 +136,13 @@ class GpuRunner:
         self._ring = [self._buffers(layout, rows) for _ in range(RING)]
         self._at = 0
 
+    @torch.inference_mode()
+    def compile_kernels(self) -> None:
+        """Of steps of all sizes, and of every kind of sampling."""
+        self._stages.rehearse(self._stages.sizes.sample(), EVERY_NEED)
+
     def warm_up(self) -> None:
-        """Compile what the first requests run: one-token steps of a few sizes, and a prompt."""
+        """Run what the first requests run: one-token steps of a few sizes, and a prompt."""
         # Kernels read weights before they wait for those in front of them (`kernels.launch`).
         torch.cuda.synchronize(self._device)
         slots = self.info.max_num_seqs
@@ -188,9 +202,16 @@ class GpuRunner:
         buffers.done.record()
         return GpuStep(buffers, size.rows, sampled, slots, found, prompt)
 
+    def recover(self) -> None:
+        """See `start.Worker`. Graphs hold memory that a step run op by op may need."""
+        self._place.recover()
+        self._stages.drop_graphs()
+        self._place.give_back()
+
     def _join(self, join: Join) -> None:
         """A sequence's tokens and parameters into its row."""
-        tokens = torch.tensor(join.token_ids, dtype=torch.int64)
+        # Pinned, or the copy would wait for the step before this one.
+        tokens = torch.tensor(join.token_ids, dtype=torch.int64, pin_memory=self._pins)
         row = self._memory.token_ids[join.slot, : len(tokens)]
         row.copy_(tokens, non_blocking=True)
         self._sampler.set(join)
@@ -223,7 +244,8 @@ class GpuRunner:
 
     def _grow(self, step: Step) -> None:
         """More new blocks than a message holds."""
-        columns = torch.tensor([step.grown_slots, step.grown_index, step.grown_blocks])
+        grown = [step.grown_slots, step.grown_index, step.grown_blocks]
+        columns = torch.tensor(grown, pin_memory=self._pins)
         slots, index, blocks = columns.to(self._device, non_blocking=True)
         self._memory.block_tables[slots, index] = blocks.int()
 

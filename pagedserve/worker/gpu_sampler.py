@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pagedserve.kernels.sample_gpu import Needs, SamplerRows, SamplerScratch, sample
-from pagedserve.request import MAX_BIAS_ENTRIES, MAX_STOP_TOKEN_IDS, SamplingParams
+from pagedserve.limits import CEILING
+from pagedserve.request import SamplingParams
 from pagedserve.step import Join, Slot
 
 
@@ -22,8 +23,8 @@ class GpuSampler:
         """token_ids: [slots + 1, length] int64, the sequences; rows: drawn for at a time."""
         self._device = token_ids.device
         self._eos = eos_token_ids
-        bans = MAX_STOP_TOKEN_IDS + len(eos_token_ids)
-        self._rows = SamplerRows.on(token_ids, biases=MAX_BIAS_ENTRIES, bans=bans)
+        bans = CEILING.stop_token_ids + len(eos_token_ids)
+        self._rows = SamplerRows.on(token_ids, biases=CEILING.bias_entries, bans=bans)
         self._scratch = SamplerScratch.on(self._device, rows, vocab_size)
         self._drawn: set[Slot] = set()
         self._filtered: set[Slot] = set()
@@ -78,7 +79,7 @@ class GpuSampler:
         return params.stop_token_ids + ([] if params.ignore_eos else self._eos)
 
     def _write(self, into: Tensor, slot: Slot, values: tuple[float, ...]) -> None:
-        row = torch.tensor(values, dtype=into.dtype)
+        row = torch.tensor(values, dtype=into.dtype, pin_memory=into.is_cuda)
         into[slot, : len(values)] = row.to(self._device, non_blocking=True)
 
 

@@ -25,7 +25,7 @@ from pagedserve.worker import kv_cache
 from pagedserve.worker.logits import Processors
 from pagedserve.worker.prompt_logprobs import PromptLogprobs, by_slot
 from pagedserve.worker.rows import Rows
-from pagedserve.worker.sampler import LogprobColumns, Sampled, Sampler
+from pagedserve.worker.sampler import NOT_FINITE, LogprobColumns, Sampled, Sampler
 
 
 @dataclass(slots=True)
@@ -45,7 +45,11 @@ class LaunchedStep:
             output = StepOutput(
                 self.sampled.token_ids.tolist(),
                 logprobs=self.sampled.logprobs.to_entries() if self.sampled.logprobs else [],
-                bad_slots=[s for s, good in zip(self.slots, finite, strict=True) if not good],
+                failed={
+                    slot: NOT_FINITE
+                    for slot, good in zip(self.slots, finite, strict=True)
+                    if not good
+                },
             )
         output.prompt_logprobs.update(by_slot(self.prompt))
         return output
@@ -63,7 +67,7 @@ class Runner:
         backend: AttentionBackend,
     ):
         self.info = info
-        self._model = model
+        self._model, self._device = model, device
         spec, where = model.spec, device.torch
         block_size = config.cache.block_size
         self._kv = kv_cache.allocate(spec, info.num_blocks, block_size, model.dtype, where)
@@ -72,6 +76,9 @@ class Runner:
         self._sampler = Sampler(info.max_num_seqs, processors, where)
         self._backend = backend
         self._prompts = PromptLogprobs(self._rows.token_ids, model.decoder)
+
+    def compile_kernels(self) -> None:
+        """They were compiled when the device was chosen."""
 
     def warm_up(self) -> None:
         """Run one small step, so that the first request does not pay for lazy set-up."""
@@ -92,6 +99,11 @@ class Runner:
         hidden = self._model.decoder.forward(batch, self._kv, self._backend, plan)
         prompt = self._prompts.of(step, order, hidden) if self._prompts.wanted else []
         return self._sample(step, order, batch, hidden, prompt)
+
+    def recover(self) -> None:
+        """See `start.Worker`. A row's state is written again by the step that is."""
+        self._device.recover()
+        self._device.give_back()
 
     def _sample(
         self,

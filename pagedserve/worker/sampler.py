@@ -22,6 +22,7 @@ from pagedserve.step import Join, Slot, TokenLogprobs
 from pagedserve.worker.logits import Processors
 
 TEMPERATURE, MIN_P, TOP_P = range(3)
+NOT_FINITE = "the model's logits were not finite"
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from pagedserve.attention.base import AttentionBackend
 from pagedserve.attention.batch import Batch
 from pagedserve.kernels import step_inputs
+from pagedserve.kernels.rehearsal import rehearsal
 from pagedserve.kernels.sample_gpu import Needs
 from pagedserve.kernels.step_inputs import Inputs, Message
 from pagedserve.models.base import Model
@@ -31,6 +33,7 @@ from pagedserve.worker.gpu_sampler import GpuSampler
 log = logging.getLogger("pagedserve")
 
 MAX_GRAPHS = 400  # the driver keeps some of every graph in memory that no plan counts
+PAUSE_RUNS = 1000  # without captures, after one for which there was no memory
 SEEN_BEFORE_CAPTURE = 1  # runs of a stage before it is worth a graph; the first also warms it up
 
 
@@ -89,11 +92,14 @@ class Stages:
     known: dict[tuple[Size, Needs], Stage] = field(default_factory=dict)
     pool: Any = None  # what torch calls a handle
     num_graphs: int = 0
+    num_runs: int = 0
+    capture_from: int = 0  # no graph before this run
 
     def worth_a_graph(self, stage: Stage) -> bool:
         """Whether the stage's next run is to be captured."""
         return (
             not self.eager
+            and self.num_runs >= self.capture_from
             and stage.runs >= SEEN_BEFORE_CAPTURE
             and self.num_graphs < MAX_GRAPHS
             and self.decoder.capturable
@@ -101,6 +107,7 @@ class Stages:
 
     def run(self, size: Size, needs: Needs) -> None:
         """Enqueue a step whose message is in `memory.message`."""
+        self.num_runs += 1
         stage = self.known.get((size, needs))
         if stage is None:
             stage = self.known[size, needs] = Stage(size, needs)
@@ -113,30 +120,74 @@ class Stages:
             self.compute(size, needs)
 
     def capture_or_compute(self, stage: Stage) -> None:
-        """Run the stage as a graph; op by op from now on where no graph of it can be made.
+        """Run the stage as a graph; op by op where no graph of it can be made.
 
         Nothing of a step is computed while it is captured, so it is not lost. Graphs that there are
-        still serve.
+        still serve. Memory may come back, what may not be captured stays so.
         """
         stream = torch.cuda.current_stream()
         try:
             stage.graph = self.capture(stage)
             self.num_graphs += 1
-        # No memory, or something that may not be captured.
         except RuntimeError as error:
             # A capture that fails leaves its own stream as the current one.
             torch.cuda.set_stream(stream)
-            self.eager = True
-            log.warning(
-                "no more CUDA graphs, steps of other sizes run op by op and slower: %s could not "
-                "be captured: %s. Where memory is short, lower --gpu-memory-utilization; "
-                "--enforce-eager does without graphs",
-                stage.size,
-                error,
-            )
+            self.give_up(stage, error)
             self.compute(stage.size, stage.needs)
             return
         stage.graph.replay()
+
+    def give_up(self, stage: Stage, error: RuntimeError) -> None:
+        """Capture nothing for a while, or any more, and say so."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self.capture_from = self.num_runs + PAUSE_RUNS
+            log.warning(
+                "no memory for a CUDA graph of %s: for %d steps, those without one run op by op, "
+                "slower. Where this comes again, lower --gpu-memory-utilization: %s",
+                stage.size,
+                PAUSE_RUNS,
+                error,
+            )
+            return
+        self.eager = True
+        log.warning(
+            "no more CUDA graphs, steps of other sizes run op by op and slower: %s could not be "
+            "captured: %s. --enforce-eager does without graphs",
+            stage.size,
+            error,
+        )
+
+    def drop_graphs(self) -> None:
+        """Give their memory back; none may be running. Each is captured again when it is needed."""
+        for stage in self.known.values():
+            stage.graph = None
+        self.pool = None
+        self.num_graphs = 0
+
+    def rehearse(self, sizes: Iterable[Size], needs: Iterable[Needs]) -> None:
+        """Compile the kernels of steps of these sizes, and of what else rows may need of a sampler.
+
+        Nothing is computed: the steps are captured as a graph that nobody replays, of a model with
+        one layer of each kind. Where that fails, kernels are compiled as they are needed.
+        """
+        if not self.decoder.capturable:
+            return
+        short = replace(self, decoder=self.decoder.excerpt(), known={})
+        usual, *others = needs
+        stream = torch.cuda.current_stream()
+        # It takes memory of its own, which a capture must not.
+        torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with rehearsal(), torch.cuda.graph(graph, capture_error_mode="relaxed"):
+                for size in sizes:
+                    made = short.compute(size, usual)
+                inputs = self.memory.inputs.cut(size.rows, size.tokens)
+                for each in others:
+                    self.sampler.sample(made.logits, inputs.slots, inputs.places, each)
+        except Exception as error:  # of a compiler, of a driver: the first steps will say it again
+            torch.cuda.set_stream(stream)
+            log.warning("kernels are compiled when they are first needed: %s", error)
 
     def capture(self, stage: Stage) -> torch.cuda.CUDAGraph:
         """Record the stage as a graph.
@@ -211,9 +262,23 @@ class Sizes:
         held = self.rows[bisect.bisect_left(self.rows, rows)]
         return Size(held, self.tokens[bisect.bisect_left(self.tokens, tokens)], mixed=True)
 
+    def sample(self) -> list[Size]:
+        """Sizes between which kernels do not change: each about twice as large as the last."""
+        one_token = [Size(rows, rows, mixed=False) for rows in doubling(self.one_token)]
+        return one_token + [self.of(2, tokens) for tokens in doubling(self.tokens) if tokens > 2]
+
     def largest(self) -> tuple[int, int]:
         """Rows and tokens that memory must hold."""
         return max(self.rows[-1], self.one_token[-1]), max(self.tokens[-1], self.one_token[-1])
+
+
+def doubling(numbers: list[int]) -> list[int]:
+    """Of ascending numbers the first, then always the next that is twice as large; and the last."""
+    found = numbers[:1]
+    for number in numbers:
+        if number >= 2 * found[-1]:
+            found.append(number)
+    return found if found[-1] == numbers[-1] else [*found, numbers[-1]]
 
 
 def steps(most: int, first: tuple[int, ...], then: tuple[tuple[int, int], ...]) -> list[int]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from pagedserve import attention
 from pagedserve.config import Config
 from pagedserve.device import Device, pick
+from pagedserve.models.hub.progress import part
 from pagedserve.models.loading import LoadedModel, load_model
+from pagedserve.models.telling import Tell
 from pagedserve.step import EngineInfo, Step, StepOutput
 from pagedserve.worker import kv_cache, memory
 from pagedserve.worker.runner import Runner
@@ -31,6 +32,10 @@ class Worker(Protocol):
 
     info: EngineInfo
 
+    def compile_kernels(self) -> None:
+        """Have ready what steps of all usual kinds run, as far as that can be known."""
+        ...
+
     def warm_up(self) -> None:
         """Run what the first requests would otherwise wait for."""
         ...
@@ -39,9 +44,17 @@ class Worker(Protocol):
         """Enqueue one step: forward, sampling, and the write-back of what was sampled."""
         ...
 
+    def recover(self) -> None:
+        """Get ready for another step after one that broke off; give back memory that can be.
 
-def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
+        Raises what the device says where it computes no more.
+        """
+        ...
+
+
+def start(config: Config, on_progress: Tell) -> Worker:
     """Load the model, settle limits against memory, allocate. Raises StartupError."""
+    on_progress("start the device", config.model.device)
     device = pick(config.model.device)
     device.prepare()
     on_progress("load weights", f"{device.name}, {config.model.load_format}")
@@ -58,10 +71,15 @@ def start(config: Config, on_progress: Callable[[str, str], None]) -> Worker:
         generation_source=config.model.generation_config,
         generation_override=config.model.override_generation_config,
         on_progress=lambda detail: on_progress("load weights", detail),
+        on_bytes=lambda done, total: on_progress(
+            "load weights", f"{part(done, total)} ({100 * done // total} %)", done, total
+        ),
     )
     info = settle(config, device, model)
     on_progress("allocate KV cache", f"{info.num_blocks} blocks")
     worker = make(config, device, model, info)
+    on_progress("compile kernels", "")
+    worker.compile_kernels()
     on_progress("warm up", "")
     worker.warm_up()
     return worker

@@ -19,6 +19,7 @@ from pagedserve.api.openai_schema import (
     checked,
 )
 from pagedserve.errors import RequestError
+from pagedserve.limits import Limits
 from pagedserve.request import SamplingParams, check_prompt, check_vocabulary
 from pagedserve.text.chat import check_messages
 
@@ -45,8 +46,8 @@ def settle(params: SamplingParams) -> None:
 def test_any_completion_body_is_taken_or_refused(fields: dict[str, Any]) -> None:
     try:
         body = checked({"prompt": "x"} | fields, CompletionBody, NEUTRAL_COMPLETION)
-        settle(body.params({}, max_tokens=body.max_tokens, logprobs=body.logprobs))
-        for prompt in read_prompts(body.prompt):
+        settle(body.params({}, Limits(), max_tokens=body.max_tokens, logprobs=body.logprobs))
+        for prompt in read_prompts(body.prompt, Limits()):
             if not isinstance(prompt, str):
                 check_prompt(prompt, SamplingParams(), vocab_size=100, max_model_len=50)
     except RequestError as error:
@@ -58,7 +59,9 @@ def test_any_chat_body_is_taken_or_refused(fields: dict[str, Any]) -> None:
     try:
         messages = [{"role": "user", "content": "x"}]
         body = checked({"messages": messages} | fields, ChatBody, NEUTRAL_CHAT)
-        settle(body.params({}, max_tokens=body.limit(), logprobs=body.num_logprobs()))
+        settle(
+            body.params({}, Limits(), max_tokens=body.limit(), logprobs=body.num_logprobs(Limits()))
+        )
         check_messages(body.messages)
     except RequestError as error:
         assert error.message
@@ -77,7 +80,7 @@ def test_what_is_left_out_or_null_is_the_models_default() -> None:
     body = checked(
         {"prompt": "x", "top_k": 3, "temperature": None}, CompletionBody, NEUTRAL_COMPLETION
     )
-    params = body.params(defaults, max_tokens=body.max_tokens)
+    params = body.params(defaults, Limits(), max_tokens=body.max_tokens)
     # `max_tokens` is settled by the dialect, which knows what fits.
     assert (params.temperature, params.top_k, params.max_tokens) == (0.5, 3, None)
 
@@ -90,7 +93,7 @@ def test_null_is_always_neutral(name: str) -> None:
 def test_null_means_the_default_for_every_parameter() -> None:
     fields = dict.fromkeys(set(CompletionBody.model_fields) - {"prompt"})
     body = checked({"prompt": "x"} | fields, CompletionBody, NEUTRAL_COMPLETION)
-    assert body.params({}) == SamplingParams()
+    assert body.params({}, Limits()) == SamplingParams()
 
 
 def test_every_sampling_parameter_arrives() -> None:
@@ -113,7 +116,7 @@ def test_every_sampling_parameter_arrives() -> None:
         "logit_bias": {"7": 1.0},
     }
     body = checked({"prompt": "x"} | given, CompletionBody, NEUTRAL_COMPLETION)
-    assert body.params({}) == SamplingParams(**given)  # type: ignore[arg-type]
+    assert body.params({}, Limits()) == SamplingParams(**given)  # type: ignore[arg-type]
     others = {"max_tokens", "logprobs", "prompt_logprobs", "detokenize"}
     assert given.keys() | others == set(SamplingParams.__struct_fields__)
 

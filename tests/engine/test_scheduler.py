@@ -1,5 +1,6 @@
 """Single decisions of the scheduler."""
 
+import msgspec
 import pytest
 
 from pagedserve.engine.block_pool import BlockPool
@@ -78,6 +79,14 @@ def test_an_equal_prompt_is_taken_from_the_cache_but_for_its_last_token() -> Non
     assert s.num_prefix_hits == 4
 
 
+def test_an_equal_prompt_of_another_salt_is_computed() -> None:
+    s = scheduler()
+    for id, salt in enumerate(("0", "1", "1", "0", "")):
+        s.add(msgspec.structs.replace(request(id, length=8, max_tokens=1), cache_salt=salt))
+        advance(s)
+    assert s.take_started() == [(0, 0), (1, 0), (2, 4), (3, 4), (4, 0)]
+
+
 def test_the_cached_tokens_are_reported_also_when_the_first_chunk_samples_nothing() -> None:
     s = scheduler(budget=8)
     s.add(request(1, length=8, max_tokens=1))
@@ -134,8 +143,8 @@ def test_rows_with_bad_logits_fail_alone() -> None:
     s.add(request(2, first=2))
     step = s.schedule()
     assert step is not None
-    committed = s.commit(step, StepOutput([9, 9], bad_slots=[step.slots[0]]))
-    assert [id for id, _ in committed.failed] == [1] and committed.ids == [2]
+    committed = s.commit(step, StepOutput([9, 9], failed={step.slots[0]: "no"}))
+    assert committed.failed == [(1, "no")] and committed.ids == [2]
     s.abort(2)
     assert s.idle and s.pool.num_used == 0
 

@@ -161,6 +161,21 @@ def check_gate(place: Place, act: str, rows: int, size: int) -> None:
     assert_close(act_and_mul(x, act, 1.5), wanted)
 
 
+def check_angles(place: Place, tokens: int, rotated: int, factor: float) -> None:
+    """Of positions near and far."""
+    from pagedserve.kernels.angles import angles
+
+    positions = torch.randint(0, 200_000, (tokens,), device=place.device)
+    frequencies = torch.rand(rotated // 2, device=place.device)
+    settle(place)
+    cos, sin = angles(positions, frequencies, factor, place.dtype)
+    for got, wanted in zip(
+        (cos, sin), reference.angles(positions, frequencies, factor, torch.float32), strict=True
+    ):
+        assert got.dtype == place.dtype
+        assert_close(got, wanted)
+
+
 def check_rotary(place: Place, heads: int, dim: int, rotated: int) -> None:
     """Of a slice of heads."""
     from pagedserve.kernels.rotary import rotary

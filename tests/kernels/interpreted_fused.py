@@ -15,6 +15,7 @@ from tests.kernels.fused import (
     Heads,
     Place,
     assert_close,
+    check_angles,
     check_gate,
     check_heads,
     check_norms,
@@ -38,6 +39,11 @@ def test_many_short_rows_are_normalised_several_a_program() -> None:
 @pytest.mark.parametrize("act", GATED)
 def test_gates(act: str) -> None:
     check_gate(HERE, act, 2, 37)
+
+
+@pytest.mark.parametrize(("tokens", "rotated"), ((1, 16), (9, 6), (33, 64)))
+def test_angles(tokens: int, rotated: int) -> None:
+    check_angles(HERE, tokens, rotated, 1.25)
 
 
 @pytest.mark.parametrize(("dim", "rotated"), ((16, 16), (10, 6)))

@@ -20,6 +20,7 @@ from tests.kernels.fused import (
     Heads,
     Place,
     assert_close,
+    check_angles,
     check_gate,
     check_heads,
     check_norms,
@@ -166,6 +167,12 @@ def test_norms(rows: int, size: int) -> None:
 def test_gates(act: str) -> None:
     check_gate(BFLOAT, act, 3, 1500)
     check_gate(HALF, act, 300, 2048)
+
+
+@pytest.mark.parametrize(("tokens", "rotated"), ((1, 128), (8, 32), (700, 64)))
+def test_angles(tokens: int, rotated: int) -> None:
+    check_angles(BFLOAT, tokens, rotated, 1.0)
+    check_angles(Place(BFLOAT.device, torch.float32), tokens, rotated, 0.7)
 
 
 @pytest.mark.parametrize(("dim", "rotated"), ((128, 128), (80, 32), (64, 64)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pagedserve.errors import StartupError
+from pagedserve.kernels import reference
 from pagedserve.layers.rotary import Rotary
 from pagedserve.spec import Rope
 
@@ -37,7 +38,7 @@ def test_angles_are_those_of_transformers(scaling: dict[str, Any]) -> None:
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
     plain = scaling["rope_type"] == "default"
     rope = Rope(theta=500000.0, dim=64, scaling={} if plain else scaling)
-    angles = Rotary(rope, torch.device("cpu"), 131072).angles(positions, torch.float32)
+    angles = Rotary(rope, reference, torch.device("cpu"), 131072).angles(positions, torch.float32)
     half = torch.cat((-torch.ones(32), torch.ones(32)))
     torch.testing.assert_close(angles.cos[:, 0], cos[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(angles.sin[:, 0] * half, sin[0], rtol=0, atol=1e-6)
@@ -45,4 +46,4 @@ def test_angles_are_those_of_transformers(scaling: dict[str, Any]) -> None:
 
 def test_an_unknown_scaling_is_refused_by_name() -> None:
     with pytest.raises(StartupError, match="'ntk'.*default, linear"):
-        Rotary(Rope(1e4, 8, {"rope_type": "ntk"}), torch.device("cpu"), 8)
+        Rotary(Rope(1e4, 8, {"rope_type": "ntk"}), reference, torch.device("cpu"), 8)

@@ -112,10 +112,17 @@ def test_a_header_of_absurd_length_is_not_allocated(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_after_it_was_looked_at_is_an_error(file: Path) -> None:
-    stored = read_header(file)["b.weight"]
+    stored, files = read_header(file)["b.weight"], Files()
+    into = torch.empty(42, dtype=torch.bfloat16)
+    files.read(stored, into)
+    files.check()
     file.write_bytes(file.read_bytes()[: stored.start + 10])
     with pytest.raises(StartupError, match=r"cannot read .*model\.safetensors: it ends at byte"):
-        Files().read(stored, torch.empty(42, dtype=torch.bfloat16))
+        files.read(stored, into)
+    with pytest.raises(StartupError, match=r"model\.safetensors was changed while it was read"):
+        files.check()
+    with pytest.raises(StartupError, match=r"cannot read .*model\.safetensors: it is not the file"):
+        Files().read(stored, into)
 
 
 def sharded(directory: Path, index: Any) -> Path:

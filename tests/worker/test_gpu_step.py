@@ -27,17 +27,17 @@ def step(sampled: list[int] | None, slots: list[int], **changes: object) -> GpuS
 
 def test_all_rows_of_the_step_drew_and_padding_is_left_out() -> None:
     output = step(None, [5, 7]).result()
-    assert (output.token_ids, output.bad_slots) == ([10, 11], [])
+    assert (output.token_ids, list(output.failed)) == ([10, 11], [])
 
 
 def test_a_row_that_was_not_finite_is_named_by_its_slot() -> None:
     output = step(None, [5, 7, 9, 2]).result()
-    assert (output.token_ids, output.bad_slots) == ([10, 11, 12, 13], [9])
+    assert (output.token_ids, list(output.failed)) == ([10, 11, 12, 13], [9])
 
 
 def test_only_some_rows_drew() -> None:
     output = step([1, 2], [7, 9]).result()
-    assert (output.token_ids, output.bad_slots) == ([11, 12], [9])
+    assert (output.token_ids, list(output.failed)) == ([11, 12], [9])
 
 
 def test_log_probabilities_stand_beside_the_tokens_that_asked() -> None:

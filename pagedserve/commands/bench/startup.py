@@ -6,6 +6,7 @@ fails is counted, and the last lines of its server are shown.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import statistics
@@ -17,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from pagedserve.commands.bench import machine
@@ -35,11 +36,13 @@ class Start:
     """Seconds to the first HTTP answer of any status, and to a 200 of /readyz.
 
     `error` is empty where the server became ready; it ends with what the server last said.
+    `phases`: of the engine's start, by name, how many seconds each lasted.
     """
 
     first_answer_s: float | None = None
     ready_s: float | None = None
     error: str = ""
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 def run_startup(options: dict[str, Any]) -> int:
@@ -85,11 +88,16 @@ def figures(starts: Sequence[Start]) -> dict[str, Any]:
         "failed": sum(bool(each.error) for each in starts),
         "errors": dict(Counter(each.error for each in starts if each.error)),
         "first_run_ready_s": rounded(first.ready_s),
+        "first_run_phases_s": first.phases,
     }
     for name in ("first_answer_s", "ready_s"):
         values = [getattr(each, name) for each in good]
         found[f"median_{name}"] = rounded(statistics.median(values)) if values else None
         found[name] = [rounded(value) for value in values]
+    found["median_phases_s"] = {
+        name: rounded(statistics.median(each.phases.get(name, 0.0) for each in good))
+        for name in (good[0].phases if good else ())
+    }
     return found
 
 
@@ -105,28 +113,35 @@ def start(flags: Sequence[str], timeout: float, env: Mapping[str, str] | None = 
             env=None if env is None else dict(env),
         )
         try:
-            return watch(process, f"http://127.0.0.1:{port}/readyz", log, timeout, began)
+            return watch(process, f"http://127.0.0.1:{port}", log, timeout, began)
         finally:
             stop(process)
 
 
 def watch(
-    process: subprocess.Popen[bytes], url: str, log: IO[bytes], timeout: float, began: float
+    process: subprocess.Popen[bytes], server: str, log: IO[bytes], timeout: float, began: float
 ) -> Start:
     """Poll a server that was started at `began` until it is ready, or ends, or takes too long."""
     answered = None
     while True:
-        status = poll(url)
+        status = poll(f"{server}/readyz")
         now = time.perf_counter() - began
         if status is not None and answered is None:
             answered = now
         if status == 200:
-            return Start(answered, now)
+            return Start(answered, now, phases=phases(server))
         if (code := process.poll()) is not None:
             return Start(answered, error=f"the server ended with status {code}: {last_words(log)}")
         if now > timeout:
             return Start(answered, error=f"not ready within {timeout:g} s: {last_words(log)}")
         time.sleep(POLL_SECONDS)
+
+
+def phases(server: str) -> dict[str, float]:
+    """Seconds of each phase of the start, as a server that is ready tells them."""
+    with urllib.request.urlopen(f"{server}/health", timeout=5) as response:
+        told = json.load(response)["phases"]
+    return {each["phase"]: each["lasted_seconds"] for each in told}
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -44,7 +44,7 @@ def assemble(
     head = read_head(reader, embedding)
     source.finish()
     length = context or spec.max_positions
-    rotaries = tuple(Rotary(rope, device.torch, length) for rope in shared.ropes)
+    rotaries = tuple(Rotary(rope, reader.ops, device.torch, length) for rope in shared.ropes)
     return Decoder(
         spec, embedding, blocks, rotaries, tuple(shared.query_scales), final_norm, head, dtype
     )

@@ -131,9 +131,11 @@ def experts_of_each(reader: Reader, spec: Moe, i: int, act: Activation) -> Exper
             ("expert_down", down[e], down_bias[e] if down_bias is not None else None),
         )
         for role, into, bias in places:
-            one.read(role, into, i)
+            one.read(role, into, i, later=True)
             if bias is not None:
-                one.read(role, bias, i, part="bias")
+                one.read(role, bias, i, part="bias", later=True)
+    if not reader.device.takes_unread:
+        reader.source.settle()
     return ExpertWeights(up, down, up_bias, down_bias, act, spec.act, spec.limit)
 
 

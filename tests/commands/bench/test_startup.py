@@ -28,6 +28,9 @@ def test_starts_of_the_demo_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert (line["benchmark"], line["runs"], line["failed"]) == ("startup", 1, 0)
     assert 0 < line["first_answer_s"][0] <= line["ready_s"][0] == line["median_ready_s"]
     assert line["first_run_ready_s"] > 0 and line["torch"] and line["seed"] == 0
+    for phases in (line["first_run_phases_s"], line["median_phases_s"]):
+        assert list(phases)[0] == "import torch" and list(phases)[-1] == "warm up"
+    assert 0 < sum(line["median_phases_s"].values()) < line["ready_s"][0]
 
 
 def test_a_server_that_cannot_start_is_counted_with_its_words(
@@ -83,6 +86,14 @@ def test_the_first_start_stands_apart() -> None:
     assert found["first_run_ready_s"] == 9.0
     assert found["ready_s"] == [2.0, 4.0, 3.0] and found["median_ready_s"] == 3.0
     assert found["median_first_answer_s"] == 0.6
+
+
+def test_phases_are_those_of_the_starts_that_count() -> None:
+    phases = [{"a": 9.0, "b": 9.0}, {"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 1.0}, {"a": 2.0}]
+    found = figures([Start(1.0, 9.0, phases=each) for each in phases] + [Start(error="no")])
+    assert found["first_run_phases_s"] == phases[0]
+    assert found["median_phases_s"] == {"a": 2.0, "b": 1.0}
+    assert figures([Start(error="no")] * 2)["median_phases_s"] == {}
 
 
 def test_the_last_lines_of_a_server_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,89 @@
+"""A worker whose memory runs out in the middle of steps gives everybody the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pagedserve.config import Config
+from pagedserve.device import pick
+from pagedserve.engine import isolation
+from pagedserve.models.loading import LoadedModel, load_model
+from pagedserve.request import Request
+from pagedserve.worker.start import Worker, make, settle
+from tests.checkpoints import tiny_checkpoint
+from tests.worker.breaking import Breaking, now_and_then, poisoned, requests_of, serve
+
+BLOCK_SIZE = 4
+LIMITS = {
+    "block_size": BLOCK_SIZE,
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 70,
+    "max_model_len": 120,
+    "num_gpu_blocks_override": 60,  # fewer than all need: preemption
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error budget that does not end."""
+    monkeypatch.setattr(isolation, "MAX_FAILURES", 1 << 30)
+
+
+def worker_of(directory: Path, model: LoadedModel) -> Worker:
+    config = Config.from_options({"model": str(directory), **LIMITS})
+    device = pick("cpu")
+    return make(config, device, model, replace(settle(config, device, model), eos_token_ids=[2]))
+
+
+def loaded(directory: Path) -> LoadedModel:
+    tiny_checkpoint("llama", directory, num_hidden_layers=2, vocab_size=97)
+    return load_model(directory, device=pick("cpu"), context=120)
+
+
+@pytest.mark.parametrize("depth", (1, 2))
+def test_memory_that_is_short_now_and_then_changes_no_token(
+    depth: int, tmp_path: Path, patient: None
+) -> None:
+    model = loaded(tmp_path)
+    plain = worker_of(tmp_path, model)
+    requests = requests_of(plain, 14, seed=depth)
+    wanted, _ = serve(plain, requests, block_size=BLOCK_SIZE, depth=depth)
+    breaking = Breaking(model.decoder, now_and_then(0.05, depth))
+    worker = worker_of(tmp_path, replace(model, decoder=breaking))
+    got, scheduler = serve(worker, requests, block_size=BLOCK_SIZE, depth=depth)
+    assert breaking.num_broken > 10
+    assert not wanted.failed and len(got.failed) <= 1, "alone, three times in a row, by chance"
+    for request in requests:
+        if request.id not in got.failed:
+            assert got.written[request.id] == wanted.written[request.id]
+            assert got.scores.get(request.id) == pytest.approx(wanted.scores.get(request.id))
+    assert scheduler.num_steps and sum(map(len, got.written.values())) > 200
+
+
+def test_a_request_that_cannot_be_computed_fails_alone(tmp_path: Path, patient: None) -> None:
+    model = loaded(tmp_path)
+    plain = worker_of(tmp_path, model)
+    requests = [
+        Request(
+            each.id,
+            [min(id, 95) for id in each.prompt_token_ids],
+            each.params.replace(logit_bias={96: -100.0}),  # nobody writes the poison
+            each.seed,
+            0,
+            each.arrival,
+        )
+        for each in requests_of(plain, 11, seed=5)
+    ]
+    wanted, _ = serve(plain, requests, block_size=BLOCK_SIZE, depth=2)
+    requests[4].prompt_token_ids[-1] = 96
+    breaking = Breaking(model.decoder, poisoned(96))
+    worker = worker_of(tmp_path, replace(model, decoder=breaking))
+    got, _ = serve(worker, requests, block_size=BLOCK_SIZE, depth=2)
+    bad = requests[4].id
+    assert got.failed == {bad: "it cannot be computed: ValueError: poison"}
+    del wanted.written[bad]
+    assert got.written == wanted.written
