@@ -4,11 +4,11 @@
     python benchmarks/overload.py --seconds 120 --blocks 4096
 
 512 streams at a time on a model with random weights, whose cache holds the tokens of few of them:
-sequences are preempted and come back all the time. At half of the time the engine gets SIGKILL.
-Workload D (1,024 tokens in, 256 out, greedy), each stream checked for its number of tokens. A round
-of as many requests as there are streams goes before and says how many make `--seconds`. Prints one
-JSON line; the exit status is 1 if a request failed, anything ran out of memory, or the engine was
-not restarted exactly once.
+sequences are preempted and come back. When half of the requests have ended, the engine gets
+SIGKILL. Workload D (1,024 tokens in, 256 out, greedy), each stream checked for its number of
+tokens. A round of as many requests as there are streams goes before and says how many make
+`--seconds`. Prints one JSON line; the exit status is 1 if a request failed, anything ran out of
+memory, or the engine was not restarted exactly once.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pagedserve.commands.bench.figures import summary
 from pagedserve.commands.bench.online import first_model
 from pagedserve.errors import PagedServeError
 
+LOOK_SECONDS = 0.2
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|cannot allocate|MemoryError", re.I)
 
 
@@ -76,7 +77,7 @@ def run(served: Served, args: argparse.Namespace) -> dict[str, Any]:
     took = time.monotonic() - began
     count = max(args.streams, round(args.streams * args.seconds / took))
     print(f"{took:.0f} s a round of {args.streams}; now {count}", file=sys.stderr)
-    watch = Watch(served, args.seconds / 2)
+    watch = Watch(served, args.streams + count // 2)
     watch.start()
     outcomes = ask(target, model, args, seed=1, count=count)
     watch.over.set()
@@ -109,24 +110,26 @@ def ask(
 
 
 class Watch(threading.Thread):
-    """Kills the engine once, after `seconds`, and adds up what its counters lose by that."""
+    """Kills the engine once `num_ended` requests have ended, and counts over its death."""
 
-    def __init__(self, served: Served, seconds: float):
+    def __init__(self, served: Served, num_ended: int):
         super().__init__()
         self.over = threading.Event()
         self.killed_after: float | None = None
         self.preemptions = 0.0
         self._served = served
-        self._seconds = seconds
+        self._num_ended = num_ended
 
     def run(self) -> None:
         began, last = time.monotonic(), 0.0
-        while not self.over.wait(0.5):
-            now = metric(self._served.url, "num_preemptions_total")
+        while not self.over.wait(LOOK_SECONDS):
+            url = self._served.url
+            now = metric(url, "num_preemptions_total")
             if now < last:  # another engine
                 self.preemptions += last
             last = now
-            if self.killed_after is None and time.monotonic() - began > self._seconds:
+            ended = metric(url, "admitted_sequences_total") - metric(url, "live_sequences")
+            if self.killed_after is None and ended >= self._num_ended:
                 os.kill(engine_of(self._served.process.pid), signal.SIGKILL)
                 self.killed_after = round(time.monotonic() - began, 1)
         self.preemptions += last

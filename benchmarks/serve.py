@@ -150,7 +150,7 @@ def started(flags: str, shape: Path) -> Iterator[Served]:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             url = f"http://127.0.0.1:{port}"
-            start = watch(process, f"{url}/readyz", log, START_SECONDS, began)
+            start = watch(process, url, log, START_SECONDS, began)
             if start.error:
                 raise PagedServeError(start.error)
             print(f"ready after {start.ready_s:.1f} s", file=sys.stderr)
