@@ -105,18 +105,18 @@ class GpuRunner:
         sizes = Sizes(info.max_num_seqs, info.max_num_batched_tokens)
         rows, tokens = sizes.largest()
         blocks = -(-(info.max_model_len + 1) // block_size)
-        token_ids = torch.zeros((slots, info.max_model_len + 1), dtype=torch.int64)
-        tables = torch.zeros((slots, blocks), dtype=torch.int32)
+        here = self._device
+        tables = torch.zeros((slots, blocks), dtype=torch.int32, device=here)
         tables[-1] = info.num_blocks  # the scratch slot's only block
         layout = Message(rows, MAX_GROWTHS)
         self._memory = Memory(
-            token_ids=token_ids.to(self._device),
-            block_tables=tables.to(self._device),
-            message=torch.zeros(layout.size, dtype=torch.int32, device=self._device),
+            token_ids=torch.zeros((slots, info.max_model_len + 1), dtype=torch.int64, device=here),
+            block_tables=tables,
+            message=torch.zeros(layout.size, dtype=torch.int32, device=here),
             layout=layout,
-            inputs=Inputs.on(self._device, rows, tokens, blocks),
-            results=torch.zeros(2 * rows, dtype=torch.int32, device=self._device),
-            kv=kv_cache.allocate(spec, info.num_blocks + 1, block_size, model.dtype, self._device),
+            inputs=Inputs.on(here, rows, tokens, blocks),
+            results=torch.zeros(2 * rows, dtype=torch.int32, device=here),
+            kv=kv_cache.allocate(spec, info.num_blocks + 1, block_size, model.dtype, here),
             block_size=block_size,
             scratch_block=info.num_blocks,
         )
