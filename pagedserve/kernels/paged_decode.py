@@ -668,6 +668,30 @@ class DecodePlan:
     parts: Tensor
     sums: Tensor
 
+    @classmethod
+    def on(
+        cls, device: torch.device, shape: Shape, tuning: Tuning, rows: int, num_blocks: int
+    ) -> DecodePlan:
+        """Memory for so many rows, of block tables of so many blocks."""
+        parts = 2 * tuning.bins * shape.lanes * min(shape.group, shape.block_h)
+        tiles = rows * most_tiles(shape, tuning.tile, num_blocks)
+        piece = piece_size(shape, tuning.tile)
+
+        def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        return cls(
+            shape,
+            tuning,
+            starts=empty(rows + 2),  # one is read ahead
+            bins=empty(tuning.bins, FIELDS.value),
+            counters=empty(rows * shape.lanes),
+            pieces=empty(tiles, tuning.tile // piece, dtype=torch.int64),
+            marks=empty(tiles, 2),
+            parts=empty(parts * shape.width, dtype=torch.float32),
+            sums=empty(parts * 2, dtype=torch.float32),
+        )
+
 
 def most_tiles(shape: Shape, tile: int, num_blocks: int) -> int:
     """Of a row whose block table has `num_blocks` entries."""
@@ -691,22 +715,7 @@ def plan_decode(
     """
     rows = seq_lens.shape[0]
     assert block_tables.stride(1) == 1 and block_tables.shape[0] == rows
-    heads = min(shape.group, shape.block_h)
-    parts = 2 * tuning.bins * shape.lanes * heads
-    tiles = rows * most_tiles(shape, tuning.tile, block_tables.shape[1])
-    piece = piece_size(shape, tuning.tile)
-    where = seq_lens.device
-    plan = DecodePlan(
-        shape,
-        tuning,
-        starts=torch.empty(rows + 2, dtype=torch.int32, device=where),  # one is read ahead
-        bins=torch.empty((tuning.bins, FIELDS.value), dtype=torch.int32, device=where),
-        counters=torch.empty(rows * shape.lanes, dtype=torch.int32, device=where),
-        pieces=torch.empty((tiles, tuning.tile // piece), dtype=torch.int64, device=where),
-        marks=torch.empty((tiles, 2), dtype=torch.int32, device=where),
-        parts=torch.empty(parts * shape.width, dtype=torch.float32, device=where),
-        sums=torch.empty(parts * 2, dtype=torch.float32, device=where),
-    )
+    plan = DecodePlan.on(seq_lens.device, shape, tuning, rows, block_tables.shape[1])
     plan_decode_kernel[(1,)](
         seq_lens,
         query_start_loc,
