@@ -42,8 +42,9 @@ def unless_broken(worker: Worker, work: Callable[[], Result]) -> Result:
 
 
 def is_memory(error: Exception) -> bool:
-    """Whether less work at a time might have done."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+    """Whether less at a time, or later, might have done. The driver's own lack has no class."""
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return no_memory or (isinstance(error, RuntimeError) and "out of memory" in str(error))
 
 
 def cause_of(error: Exception) -> str:

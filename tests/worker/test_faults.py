@@ -53,6 +53,7 @@ def test_what_does_not_fail_passes_through() -> None:
     (
         (torch.OutOfMemoryError(OUT_OF_MEMORY), NO_MEMORY, True),
         (MemoryError(), NO_MEMORY, True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"), NO_MEMORY, True),
         (ValueError("no such block size\nat line 3"), "ValueError: no such block size", False),
         (AssertionError(), "AssertionError", False),
         (RuntimeError("x" * 999), "RuntimeError: " + "x" * 200, False),
