@@ -75,8 +75,8 @@ def start(config: Config, on_progress: Tell) -> Worker:
             raise
         raise StartupError(
             f"no memory for the weights on {device.name}: {memory.shown(device.memory().free)} are "
-            "free; free some memory, or take a smaller model or --dtype. pagedserve plan MODEL says "
-            "how much a model needs"
+            "free; free some memory, or take a smaller model or --dtype. pagedserve plan MODEL "
+            "says how much a model needs"
         ) from error
     return fit(config, device, model, on_progress)
 
