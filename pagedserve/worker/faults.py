@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from pagedserve.errors import PagedServeError, StepError
-
-if TYPE_CHECKING:
-    from pagedserve.worker.start import Worker
 
 log = logging.getLogger("pagedserve")
 
@@ -24,7 +21,13 @@ MAX_CAUSE_CHARS = 200
 NO_MEMORY = "the device has no memory for it"
 
 
-def unless_broken(worker: Worker, work: Callable[[], Result]) -> Result:
+class Recovers(Protocol):
+    """What `unless_broken` asks of a worker; see `start.Worker`."""
+
+    def recover(self) -> None: ...
+
+
+def unless_broken(worker: Recovers, work: Callable[[], Result]) -> Result:
     """What `work` gives. Raises StepError where it broke off and the device answers, else
     PagedServeError."""
     try:
