@@ -297,7 +297,7 @@ def plain_object(name: str, value: Any) -> dict[str, Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StartupError(f"{flag} is not valid JSON: {error}", param=name) from error
     if value is not None and not isinstance(value, dict):
         raise StartupError(
