@@ -202,7 +202,8 @@ class TritonAttention:
         batch = plan.batch
         work = plan.decodes.get(shape)
         if work is None:
-            tuning = paged_decode.tune(shape, self.processors.count, self.processors.capability)
+            count, capability = self.processors.count, self.processors.capability
+            tuning = paged_decode.tune(shape, count, capability, len(batch.seq_lens))
             work = plan.decodes[shape] = paged_decode.plan_decode(
                 shape, tuning, batch.block_tables, batch.seq_lens, batch.query_start_loc
             )
