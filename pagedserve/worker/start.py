@@ -114,10 +114,11 @@ def made(
 ) -> Worker:
     """Everything of the plan allocated, and the first steps run."""
     worker = make(config, device, model, info_of(plan, device, model))
-    if device.is_gpu:
-        device.reserve(plan.step)  # before somebody else takes it
     on_progress("compile kernels", "")
     worker.compile_kernels()
+    if device.is_gpu:
+        # Before somebody else takes it; and now, because a capture gives back what is not used.
+        device.reserve(plan.step)
     on_progress("warm up", "")
     worker.warm_up()
     return worker
