@@ -218,8 +218,7 @@ def test_a_captured_graph_serves_rows_of_any_length(native: Native) -> None:
 def test_the_backend_decodes_few_rows_by_it_and_says_when_a_step_begins(
     native: Native, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = TritonAttention(pick("cuda"))
-    backend.few_rows = native
+    backend = TritonAttention(pick("cuda"), native=native)
     seen: list[bool] = []
     launch = paged_decode_cuda.paged_decode_cuda
 
