@@ -253,7 +253,7 @@ def decode(processors: Processors, peak: float, quick: bool, sweep: bool) -> lis
         cases = dict(list(DECODE.items())[:1]) if quick else DECODE
         for name, lens in cases.items():
             case = make(shape, [(1, n) for n in lens])
-            chosen = paged_decode.tune(shape, processors.count, processors.capability)
+            chosen = paged_decode.tune(shape, processors.count, processors.capability, len(lens))
             tunings = {"chosen": chosen}
             for tile, each, tokens, warps, stages in DECODE_SWEEP.get(shape, []) if sweep else []:
                 tunings[f"{tile} ×{each} ≥{tokens} w{warps} s{stages}"] = replace(
@@ -392,7 +392,7 @@ def small(processors: Processors) -> dict[str, float]:
     found = {}
     for rows in (1, 256):
         case = make(COMMON, [(1, 512)] * rows)
-        tuning = paged_decode.tune(COMMON, processors.count, processors.capability)
+        tuning = paged_decode.tune(COMMON, processors.count, processors.capability, rows)
         found[f"plan_decode, {rows} rows"] = microseconds(
             [
                 lambda case=case, tuning=tuning: paged_decode.plan_decode(

@@ -111,10 +111,16 @@ class SchedulerConfig:
     """How sequences share the device."""
 
     max_num_seqs: int | None = option(
-        None, "sequences computed at a time; 256 on a GPU, 64 on a CPU if left out", low=1
+        None,
+        "sequences computed at a time, on a GPU at most 4096; if left out 256 there, or as many as "
+        "memory allows, and 64 on a CPU",
+        low=1,
     )
     max_num_batched_tokens: int | None = option(
-        None, "tokens computed in one step; 8192 on a GPU, 512 on a CPU if left out", low=1
+        None,
+        "tokens computed in one step; if left out 8192 on a GPU, or as many as memory allows, and "
+        "512 on a CPU",
+        low=1,
     )
     enforce_eager: bool = option(False, "run every step op by op: no CUDA graphs, no overlap")
     async_scheduling: bool | None = option(
@@ -291,7 +297,7 @@ def plain_object(name: str, value: Any) -> dict[str, Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StartupError(f"{flag} is not valid JSON: {error}", param=name) from error
     if value is not None and not isinstance(value, dict):
         raise StartupError(

@@ -16,11 +16,12 @@ captured for mixed steps therefore has a row of each kind.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
+from pagedserve.attention.base import Most
 from pagedserve.attention.batch import Batch
 from pagedserve.device import Device
 from pagedserve.kernels import (
@@ -38,6 +39,7 @@ from pagedserve.spec import Attn
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SIZE = 256  # numbers of a head
+PREFILL_BYTES = 36  # of a plan, for each of its tiles, which have a token at least
 MAX_LATENT, MAX_ROTATED = 512, 128  # numbers of a latent's values, and of its keys beyond them
 
 
@@ -50,6 +52,8 @@ class Processors:
 
     @classmethod
     def of(cls, device: torch.device) -> Processors:
+        if device.type != "cuda":  # an outline: of the largest that there are
+            return cls(132, (9, 0))
         found = torch.cuda.get_device_properties(device)
         return cls(found.multi_processor_count, (found.major, found.minor))
 
@@ -114,6 +118,24 @@ class TritonAttention:
             return f"heads of {attn.head_dim} numbers in {kv_dtype} are too large"
         return None
 
+    def workspace_bytes(self, attns: list[Attn], most: Most, kv_dtype: torch.dtype) -> int:
+        """See `AttentionBackend`. Every shape has a plan of its own, alive for the whole step."""
+        shapes = {shape_of(attn, most.block_size, kv_dtype) for attn in attns}
+        count, capability = self.processors.count, self.processors.capability
+        meta, blocks = torch.device("meta"), -(-(most.context + 1) // most.block_size)
+        total = 0
+        for shape in shapes:
+            tuning = paged_decode.tune(shape, count, capability)
+            plan = DecodePlan.on(meta, shape, tuning, most.rows, blocks)
+            needed = sum(getattr(plan, each.name).nbytes for each in fields(plan)[2:])
+            if self.native and paged_decode_bulk.refusal_of_shape(shape, kv_dtype) is None:
+                bulk = paged_decode_bulk.tune(self.native, shape, count)
+                lists = paged_decode_bulk.Lists.on(meta, shape, bulk, most.rows)
+                needed = max(needed, lists.num_bytes)
+            total += needed
+            total += (most.tokens + most.rows) * PREFILL_BYTES
+        return total
+
     def plan(self, batch: Batch) -> TritonPlan:
         """See `AttentionBackend`."""
         return TritonPlan(batch)
@@ -135,7 +157,7 @@ class TritonAttention:
             kv_write.kv_write(kv, plan.batch.slot_mapping, k, v)
         q = kv_write.rows(q)
         out = q.new_empty((q.shape[0], attn.heads, attn.values_in_keys or attn.head_dim))
-        shape = shape_of(attn, kv)
+        shape = shape_of(attn, kv.shape[2], kv.dtype)
         if plan.some_decode:
             self._choose_decode(q, kv, plan, shape, attn, slopes)(
                 q, kv, out, plan, shape, attn, slopes, sinks
@@ -232,7 +254,8 @@ class TritonAttention:
         batch = plan.batch
         work = plan.decodes.get(shape)
         if work is None:
-            tuning = paged_decode.tune(shape, self.processors.count, self.processors.capability)
+            count, capability = self.processors.count, self.processors.capability
+            tuning = paged_decode.tune(shape, count, capability, len(batch.seq_lens))
             work = plan.decodes[shape] = paged_decode.plan_decode(
                 shape, tuning, batch.block_tables, batch.seq_lens, batch.query_start_loc
             )
@@ -308,8 +331,8 @@ class TritonAttention:
         return work
 
 
-def shape_of(attn: Attn, kv: Tensor) -> Shape:
-    """What the kernels are compiled for. kv: the layer's view of the cache."""
+def shape_of(attn: Attn, block_size: int, kv_dtype: torch.dtype) -> Shape:
+    """What the kernels are compiled for."""
     width = attn.values_in_keys or attn.head_dim
     return Shape(
         kv_heads=attn.kv_heads,
@@ -317,8 +340,8 @@ def shape_of(attn: Attn, kv: Tensor) -> Shape:
         width=width,
         rest=attn.head_dim - width,
         latent=attn.values_in_keys is not None,
-        page=kv.shape[2],
-        itemsize=max(2, kv.element_size()),
+        page=block_size,
+        itemsize=max(2, kv_dtype.itemsize),
         window=attn.window or 0,
         chunk=attn.chunk or 0,
     )

@@ -36,7 +36,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, *, caching: bool = True):
         self.num_blocks = num_blocks
-        self._caching = caching
+        self.caching = caching
         self._free: OrderedDict[BlockId, None] = OrderedDict.fromkeys(
             map(BlockId, range(num_blocks))
         )
@@ -87,7 +87,7 @@ class BlockPool:
 
     def publish(self, block: BlockId, prefix_hash: bytes) -> None:
         """Let others find `block`, which now holds the block that ends the prefix of that hash."""
-        if self._caching and prefix_hash not in self._by_hash:
+        if self.caching and prefix_hash not in self._by_hash:
             self._forget(block)
             self._by_hash[prefix_hash] = block
             self._hash[block] = prefix_hash

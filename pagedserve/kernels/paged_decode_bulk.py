@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -42,19 +42,45 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
+class Lists:
+    """Memory of a plan: see `csrc/paged_decode_bulk_cuda.cu`."""
+
+    starts: Tensor  # int32, as bins and flags
+    bins: Tensor
+    flags: Tensor
+    parts: Tensor  # float32, as sums
+    sums: Tensor
+
+    @classmethod
+    def on(cls, device: torch.device, shape: Shape, tuning: Tuning, rows: int) -> Lists:
+        """For so many rows."""
+        parts = tuning.bins * 2 * shape.kv_heads
+        ints = functools.partial(torch.empty, dtype=torch.int32, device=device)
+        floats = functools.partial(torch.empty, dtype=torch.float32, device=device)
+        return cls(
+            starts=ints(rows + 1),
+            bins=ints((tuning.bins, FIELDS.value)),
+            flags=ints(tuning.bins * shape.kv_heads * FLAGS),
+            parts=floats((parts, MAX_GROUP * shape.width)),
+            sums=floats((parts, 2 * MAX_GROUP)),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them."""
+        return sum(getattr(self, each.name).nbytes for each in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
 class BulkPlan:
-    """What the layers of one shape share in a step. int32, but for parts and sums (float32)."""
+    """What the layers of one shape share in a step, and the rows that it is of."""
 
     shape: Shape
     tuning: Tuning
     block_tables: Tensor
     seq_lens: Tensor
     query_start_loc: Tensor
-    starts: Tensor
-    bins: Tensor
-    flags: Tensor
-    parts: Tensor
-    sums: Tensor
+    lists: Lists
 
 
 class CacheMaps:
@@ -118,14 +144,10 @@ def refusal(
         return f"{len(seq_lens)} rows are less than {MIN_ROWS}"
     if softcap or slopes is not None:
         return "scores have a softcap or biases"
-    if shape.latent or shape.rest or shape.width not in SIZES:
-        return "heads are not of 64 or 128 numbers"
-    if shape.group > MAX_GROUP:
-        return f"{shape.group} query heads share a key, more than {MAX_GROUP}"
-    if kv.dtype not in HALF or q.dtype != kv.dtype:
+    if reason := refusal_of_shape(shape, kv.dtype):
+        return reason
+    if q.dtype != kv.dtype:
         return f"queries of {q.dtype} and keys of {kv.dtype} are not supported"
-    if shape.page < TILE or shape.page & (shape.page - 1):
-        return f"blocks of {shape.page} tokens are not a power of two from {TILE} on"
     kinds = {t.dtype for t in (block_tables, seq_lens, query_start_loc)}
     if kinds != {torch.int32}:
         return f"tables, lengths and starts of {', '.join(sorted(map(str, kinds)))} are not int32"
@@ -133,6 +155,19 @@ def refusal(
         return "keys are not aligned to 16 bytes"
     if q.stride(0) % 2 or q.data_ptr() % 4:
         return "queries are not aligned to 4 bytes"
+    return None
+
+
+def refusal_of_shape(shape: Shape, kv_dtype: torch.dtype) -> str | None:
+    """None, or why no step's layer of this shape takes this kernel."""
+    if shape.latent or shape.rest or shape.width not in SIZES:
+        return "heads are not of 64 or 128 numbers"
+    if shape.group > MAX_GROUP:
+        return f"{shape.group} query heads share a key, more than {MAX_GROUP}"
+    if kv_dtype not in HALF:
+        return f"keys of {kv_dtype} are not supported"
+    if shape.page < TILE or shape.page & (shape.page - 1):
+        return f"blocks of {shape.page} tokens are not a power of two from {TILE} on"
     return None
 
 
@@ -164,37 +199,23 @@ def plan_bulk(
     block_tables: [R, blocks], seq_lens: [R], query_start_loc: [R + 1], int32, on the GPU; nothing
     is read back, so a graph that captures this plans anew at every replay.
     """
-    rows, where = len(seq_lens), seq_lens.device
+    rows = len(seq_lens)
     assert block_tables.stride(1) == 1 and block_tables.shape[0] == rows
-    parts = tuning.bins * 2 * shape.kv_heads
-    ints = functools.partial(torch.empty, dtype=torch.int32, device=where)
-    floats = functools.partial(torch.empty, dtype=torch.float32, device=where)
-    plan = BulkPlan(
-        shape,
-        tuning,
-        block_tables,
-        seq_lens,
-        query_start_loc,
-        starts=ints(rows + 1),
-        bins=ints((tuning.bins, FIELDS.value)),
-        flags=ints(tuning.bins * shape.kv_heads * FLAGS),
-        parts=floats((parts, MAX_GROUP * shape.width)),
-        sums=floats((parts, 2 * MAX_GROUP)),
-    )
+    lists = Lists.on(seq_lens.device, shape, tuning, rows)
     equal = PlanTuning(TILE, tuning.bins, MIN_TILES, num_warps=4, num_stages=1)
     plan_decode_kernel[(1,)](
         seq_lens,
         query_start_loc,
-        plan.starts,
-        plan.bins,
-        plan.flags,
+        lists.starts,
+        lists.bins,
+        lists.flags,
         rows,
-        plan.flags.shape[0],
+        len(lists.flags),
         **plan_constants(shape, equal),
         num_warps=4,
         **dependent(seq_lens),
     )
-    return plan
+    return BulkPlan(shape, tuning, block_tables, seq_lens, query_start_loc, lists)
 
 
 def paged_decode_bulk(
@@ -215,7 +236,7 @@ def paged_decode_bulk(
     out: [T, H, D], contiguous; sinks: [H] float32. `refusal` is None for them. first: of all
     launches with this plan. Raises RuntimeError where CUDA refuses the launch.
     """
-    shape, tuning = plan.shape, plan.tuning
+    shape, tuning, lists = plan.shape, plan.tuning, plan.lists
     heads, size = q.shape[1:]
     assert heads == shape.kv_heads * shape.group and size == shape.width, (q.shape, shape)
     assert q.stride()[1:] == (size, 1) and out.is_contiguous() and out.shape == q.shape
@@ -229,11 +250,11 @@ def paged_decode_bulk(
         plan.block_tables.data_ptr(),
         plan.seq_lens.data_ptr(),
         plan.query_start_loc.data_ptr(),
-        plan.starts.data_ptr(),
-        plan.bins.data_ptr(),
-        plan.flags.data_ptr(),
-        plan.parts.data_ptr(),
-        plan.sums.data_ptr(),
+        lists.starts.data_ptr(),
+        lists.bins.data_ptr(),
+        lists.flags.data_ptr(),
+        lists.parts.data_ptr(),
+        lists.sums.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
         q.stride(0),
         plan.block_tables.stride(0),

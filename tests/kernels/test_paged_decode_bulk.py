@@ -82,7 +82,7 @@ def plan_of(
     native: Native, case: Paged, tuning: Tuning | None = None
 ) -> paged_decode_bulk.BulkPlan:
     """As the backend makes it."""
-    shape = shape_of(case.attn, case.kv)
+    shape = shape_of(case.attn, case.kv.shape[2], case.kv.dtype)
     given = case.block_tables, case.seq_lens, case.query_start_loc
     assert paged_decode_bulk.refusal(shape, case.q, case.kv, *given) is None
     processors = torch.cuda.get_device_properties(0).multi_processor_count

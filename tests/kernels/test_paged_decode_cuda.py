@@ -78,7 +78,10 @@ def decode(
     native: Native, case: Paged, tuning: Tuning | None = None, *, first: bool = True
 ) -> Tensor:
     """By the kernel."""
-    shape, out = shape_of(case.attn, case.kv), torch.full_like(case.q, torch.nan).contiguous()
+    shape, out = (
+        shape_of(case.attn, case.kv.shape[2], case.kv.dtype),
+        torch.full_like(case.q, torch.nan).contiguous(),
+    )
     given = shape, case.q, case.kv, case.block_tables, case.seq_lens
     assert paged_decode_cuda.refusal(*given) is None
     paged_decode_cuda.paged_decode_cuda(

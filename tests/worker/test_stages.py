@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 
 from pagedserve.kernels.sample_gpu import Needs  # noqa: E402
 from pagedserve.worker import stages  # noqa: E402
-from pagedserve.worker.stages import Made, Size, Sizes, Stage, Stages  # noqa: E402
+from pagedserve.worker.sizes import Size, Sizes  # noqa: E402
+from pagedserve.worker.stages import Made, Stage, Stages  # noqa: E402
 
 NEEDS = Needs(drawn=False, filtered=False, processed=False)
 SMALL, LARGE = Size(1, 1, mixed=False), Size(2, 16, mixed=True)
