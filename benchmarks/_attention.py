@@ -19,15 +19,23 @@ from _graphs import microseconds, read_terabytes_per_second, show
 from torch import Tensor
 
 from pagedserve.attention.triton import Processors
-from pagedserve.kernels import kv_write, paged_decode, paged_prefill, paged_prefill_wgmma
+from pagedserve.kernels import (
+    kv_write,
+    paged_decode,
+    paged_decode_cuda,
+    paged_prefill,
+    paged_prefill_wgmma,
+)
 from pagedserve.kernels.paged_decode import Shape
 
 COMMON = Shape(kv_heads=8, group=4, width=128)
 SMALL = Shape(kv_heads=8, group=8, width=64)
 LATENT = Shape(kv_heads=1, group=16, width=512, rest=64, latent=True)
 LATENT_128 = replace(LATENT, group=128)
+HALF = Shape(kv_heads=8, group=2, width=128)
 DECODE_SHAPES = {
     "8×4 heads of 128": COMMON,
+    "8×2 heads of 128": HALF,
     "8×8 heads of 64": SMALL,
     "16 heads on latents": LATENT,
     "128 heads on latents": LATENT_128,
@@ -36,11 +44,13 @@ CACHE_BYTES = 6 << 30
 NUM_LAUNCHES = 32
 
 DECODE = {  # name → context of each row
+    "1×128": [128],
     "1×1k": [1024],
     "1×8k": [8192],
     "1×32k": [32768],
     "8×1k": [1024] * 8,
     "8×4k": [4096] * 8,
+    "32k + 7×128": [32768] + [128] * 7,
     "32×1k": [1024] * 32,
     "32×4k": [4096] * 32,
     "256×512": [512] * 256,
@@ -59,16 +69,26 @@ PREFILL = {  # name → (tokens, context) of each row
     "1×32k": [(32768, 32768)],
     "mixed 100…1.5k": [(100 + 90 * row,) * 2 for row in range(16)],
 }
+# Of the CUDA kernel: cluster, warps, tiles at a time, turns ahead, tiles asked of L2.
+FEW_ROWS_SWEEP = [
+    *(
+        (cluster, 4, tiles, depth, 0)
+        for cluster in (4, 8, 16)
+        for tiles, depth in ((1, 0), (2, 0), (1, 2), (1, 3), (2, 1), (2, 2))
+    ),
+    *((cluster, 4, 2, 0, 6) for cluster in (8, 16)),
+]
 # tile, programs a processor, tokens of a bin at least, warps, stages
 DECODE_SWEEP = {
     COMMON: [
         (64, 2, 128, 4, 5),
         (64, 2, 64, 4, 5),
-        (64, 1, 128, 4, 5),
-        (128, 1, 128, 4, 3),
+        (128, 2, 128, 4, 3),
+        (64, 1, 128, 4, 7),
+        (32, 3, 64, 4, 7),
+        (32, 2, 64, 4, 7),
+        (32, 4, 64, 2, 5),
         (64, 2, 64, 2, 5),
-        (32, 3, 64, 2, 6),
-        (32, 2, 64, 4, 6),
     ],
     LATENT: [(32, 1, 128, 4, 3), (16, 3, 64, 4, 3), (64, 1, 128, 8, 3), (32, 2, 64, 4, 2)],
     LATENT_128: [(16, 1, 64, 8, 2), (32, 1, 64, 8, 3)],
@@ -122,22 +142,60 @@ def make(shape: Shape, rows: list[tuple[int, int]]) -> Case:
 
 def decode_time(case: Case, tuning: paged_decode.Tuning) -> float:
     """Microseconds a layer; planning is not in it."""
-    plan = paged_decode.plan_decode(case.shape, tuning, case.seq_lens, case.query_start_loc)
+    plan = paged_decode.plan_decode(
+        case.shape, tuning, case.block_tables, case.seq_lens, case.query_start_loc
+    )
 
     def launch(layer: Tensor) -> None:
         paged_decode.paged_decode(
             case.q,
             layer,
             case.out,
-            case.block_tables,
-            case.seq_lens,
-            case.query_start_loc,
             plan,
             scale=case.q.shape[2] ** -0.5,
         )
 
     layers = itertools.islice(itertools.cycle(case.layers), NUM_LAUNCHES)
     return microseconds([lambda kv=kv: launch(kv) for kv in layers])
+
+
+def few_rows_time(
+    case: Case,
+    native: paged_decode_cuda.Native,
+    tuning: paged_decode_cuda.Tuning,
+) -> float:
+    """The same by CUDA C++, as in a step: the first layer after all before it, the others early."""
+
+    def launch(layer: Tensor, first: bool) -> None:
+        paged_decode_cuda.paged_decode_cuda(
+            native,
+            case.q,
+            layer,
+            case.out,
+            case.block_tables,
+            case.seq_lens,
+            case.shape,
+            tuning,
+            scale=case.q.shape[2] ** -0.5,
+            first=first,
+        )
+
+    layers = enumerate(itertools.islice(itertools.cycle(case.layers), NUM_LAUNCHES))
+    return microseconds([lambda kv=kv, first=not i: launch(kv, first) for i, kv in layers])
+
+
+def few_rows(case: Case, processors: Processors, sweep: bool) -> dict[str, float]:
+    """Microseconds by CUDA C++, where it is built and fits."""
+    native = paged_decode_cuda.load()
+    given = case.shape, case.q, case.layers[0], case.block_tables, case.seq_lens
+    if native is None or paged_decode_cuda.refusal(*given):
+        return {}
+    chosen = paged_decode_cuda.tune(case.shape, len(case.seq_lens), processors.count)
+    tunings = {"CUDA": chosen}
+    for cluster, warps, tiles, depth, ahead in FEW_ROWS_SWEEP if sweep else []:
+        name = f"CUDA c{cluster} w{warps} t{tiles} d{depth}" + (f" +{ahead}" if ahead else "")
+        tunings[name] = paged_decode_cuda.Tuning(cluster, warps, tiles, depth, ahead)
+    return {how: few_rows_time(case, native, tuning) for how, tuning in tunings.items()}
 
 
 def decode_bytes(case: Case) -> int:
@@ -154,7 +212,7 @@ def decode(processors: Processors, peak: float, quick: bool, sweep: bool) -> lis
         cases = dict(list(DECODE.items())[:1]) if quick else DECODE
         for name, lens in cases.items():
             case = make(shape, [(1, n) for n in lens])
-            chosen = paged_decode.tune(shape, processors.count, processors.capability)
+            chosen = paged_decode.tune(shape, processors.count, processors.capability, len(lens))
             tunings = {"chosen": chosen}
             for tile, each, tokens, warps, stages in DECODE_SWEEP.get(shape, []) if sweep else []:
                 tunings[f"{tile} ×{each} ≥{tokens} w{warps} s{stages}"] = replace(
@@ -166,8 +224,8 @@ def decode(processors: Processors, peak: float, quick: bool, sweep: bool) -> lis
                     num_stages=stages,
                 )
             size, texts = decode_bytes(case), []
-            for how, tuning in tunings.items():
-                time = decode_time(case, tuning)
+            times = {how: decode_time(case, tuning) for how, tuning in tunings.items()}
+            for how, time in (times | few_rows(case, processors, sweep)).items():
                 rate = size / time / 1e6
                 found.append(
                     {"shape": label, "case": name, "how": how, "us": time, "tb_per_s": rate}
@@ -292,11 +350,11 @@ def small(processors: Processors) -> dict[str, float]:
     found = {}
     for rows in (1, 256):
         case = make(COMMON, [(1, 512)] * rows)
-        tuning = paged_decode.tune(COMMON, processors.count, processors.capability)
+        tuning = paged_decode.tune(COMMON, processors.count, processors.capability, rows)
         found[f"plan_decode, {rows} rows"] = microseconds(
             [
                 lambda case=case, tuning=tuning: paged_decode.plan_decode(
-                    COMMON, tuning, case.seq_lens, case.query_start_loc
+                    COMMON, tuning, case.block_tables, case.seq_lens, case.query_start_loc
                 )
             ]
             * 8

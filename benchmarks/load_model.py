@@ -12,6 +12,7 @@ differs.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import sys
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from pagedserve.commands.bench import machine
 from pagedserve.device import Device, pick
-from pagedserve.models import config_json
+from pagedserve.models import config_json, loading
 from pagedserve.models.architectures import spec_of
 from pagedserve.models.assembly import assemble
 from pagedserve.models.loading import load_model, weights
@@ -35,6 +36,7 @@ from pagedserve.models.weights import Dummy
 from pagedserve.spec import DecoderSpec
 
 SHARD_BYTES = 4 << 30
+SWEPT = ((4, 4), (8, 2), (8, 8), (12, 4), (16, 2), (16, 4))
 CHANGED = 12  # tensors that are compared cast, turned and by rows
 
 
@@ -45,7 +47,13 @@ class Asked(Dummy):
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         assert rows is None and not transposed, "a shape whose tensors are stored as they are kept"
         self.shapes[name] = tuple(into.shape)
@@ -56,12 +64,14 @@ def main() -> int:
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dir", default=None)
+    parser.add_argument("--sweep", action="store_true", help="other rings too: threads x MiB")
     args = parser.parse_args()
     device = pick("cuda")
     with tempfile.TemporaryDirectory(dir=args.dir) as place:
         directory = Path(place)
         spec, num_bytes = written(shape_directory(args.shape), directory, device)
         ours = [loaded(directory, device) for _ in range(args.runs)]
+        others = {f"{n}x{m}": swept(directory, device, n, m) for n, m in SWEPT if args.sweep}
         theirs = [through_library(directory) for _ in range(args.runs)]
         different = differing(directory, spec, device)
     gigabytes = num_bytes / 1e9
@@ -71,6 +81,9 @@ def main() -> int:
         "gigabytes": round(gigabytes, 2),
         "seconds": [round(each, 3) for each in ours],
         "gigabytes_per_s": [round(gigabytes / each, 1) for each in ours],
+        "swept_gigabytes_per_s": {
+            name: round(gigabytes / each, 1) for name, each in others.items()
+        },
         "safe_open_seconds": [round(each, 3) for each in theirs],
         "safe_open_gigabytes_per_s": [round(gigabytes / each, 1) for each in theirs],
         "different": different,
@@ -118,6 +131,18 @@ def loaded(directory: Path, device: Device) -> float:
     return seconds
 
 
+def swept(directory: Path, device: Device, threads: int, mebibytes: int) -> float:
+    """The best of two with another ring."""
+    usual = loading.Ring
+    loading.Ring = functools.partial(  # type: ignore[misc, assignment]
+        usual, threads=threads, buffers=2 * threads, buffer_bytes=mebibytes << 20
+    )
+    try:
+        return min(loaded(directory, device) for _ in range(2))
+    finally:
+        loading.Ring = usual  # type: ignore[misc]
+
+
 def through_library(directory: Path) -> float:
     """The same by the safetensors library."""
     began, kept = time.perf_counter(), []
@@ -133,7 +158,7 @@ def through_library(directory: Path) -> float:
 
 def differing(directory: Path, spec: DecoderSpec, device: Device) -> list[str]:
     """Names of tensors that do not come as they are stored, cast, turned or picked."""
-    source = weights(directory, spec, "auto", 0, device, lambda detail: None)
+    source = weights(directory, spec, "auto", 0, device, lambda detail: None, None)
     found = []
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(str(path), "pt", device="cuda") as file:

@@ -188,7 +188,8 @@ def report(steps: list[Timed], began: float, roof: Roofline | None) -> None:
             for name in ("schedule", "launch", "commit", "wait")
         ]
         print(
-            f"{kind}  {len(found):5}  {1e3 * sum(spans):8.1f}  {1e3 * statistics.median(spans):6.2f}"
+            f"{kind}  {len(found):5}  {1e3 * sum(spans):8.1f}"
+            f"  {1e3 * statistics.median(spans):6.2f}"
             f"  {1e3 * floor:6.2f}   " + "  ".join(f"{value:7.0f}" for value in host)
         )
 

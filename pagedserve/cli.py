@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pagedserve.commands import bench, convert, models, pull, tune
 from pagedserve.commands.console import Console, drop_output, say, write
 from pagedserve.config import Config, add_flags
 from pagedserve.errors import PagedServeError
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 
 MODEL_GROUPS = ("model", "cache", "scheduler")
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k")
+OF_MODULES = {  # of `pagedserve.commands`, with what their commands are for
+    "pull": "download a model of the Hugging Face hub",
+    "convert": "turn pickled weights into safetensors",
+    "bench": "measure the engine, a server or its start",
+    "plan": "say how a model's memory would be shared out",
+    "models": "list the architectures that can be served",
+    "tune": "find the fastest kernels for a model on this GPU",
+    "build-kernels": "compile the C++ and CUDA kernels ahead",
+}
 TERMINAL_DEFAULTS = {"max_tokens": 256, "temperature": 0.0}  # where the model has none of its own
 
 
@@ -52,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         prog="pagedserve", description="An OpenAI-compatible LLM inference server."
     )
     top.add_argument("--version", action="version", version=f"pagedserve {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
 
     serve_ = commands.add_parser("serve", help="serve a model over HTTP")
     serve_.add_argument(
@@ -73,29 +83,32 @@ def parser() -> argparse.ArgumentParser:
         add_sampling_flags(command)
         add_flags(command, groups=MODEL_GROUPS)
 
-    pull_ = commands.add_parser("pull", help="download a model of the Hugging Face hub")
-    pull.add_flags(pull_)
-    pull_.set_defaults(command=pull.run)
-
-    convert_ = commands.add_parser("convert", help="turn pickled weights into safetensors")
-    convert.add_flags(convert_)
-    convert_.set_defaults(command=convert.run)
-
-    bench_ = commands.add_parser("bench", help="measure the engine, a server or its start")
-    bench.add_flags(bench_)
-    bench_.set_defaults(command=bench.run)
-
-    models_ = commands.add_parser("models", help="list the architectures that can be served")
-    models.add_flags(models_)
-    models_.set_defaults(command=models.run)
-
-    tune_ = commands.add_parser("tune", help="find the fastest kernels for a model on this GPU")
-    tune.add_flags(tune_)
-    tune_.set_defaults(command=tune.run)
+    for name, text in OF_MODULES.items():
+        commands.add_parser(name, help=text).fill = functools.partial(fill_from_module, name)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(command=print_version)
     return top
+
+
+class Command(argparse.ArgumentParser):
+    """The parser of one command. `fill` adds its flags, once, and only when it was chosen."""
+
+    fill: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """See `argparse`, which calls it for the command that was chosen."""
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(*args, **options)
+
+
+def fill_from_module(name: str, command: argparse.ArgumentParser) -> None:
+    """The flags of a command that has a module of its own."""
+    module = importlib.import_module(f"pagedserve.commands.{name.replace('-', '_')}")
+    module.add_flags(command)
+    command.set_defaults(command=module.run)
 
 
 def add_sampling_flags(command: argparse.ArgumentParser) -> None:
@@ -234,11 +247,13 @@ def sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 def fitting(llm: LLM, prompt: list[int], given: dict[str, Any]) -> SamplingParams:
     """The `given` parameters and defaults, with as many tokens as still fit behind `prompt`."""
-    from pagedserve.request import SamplingParams
-
-    params = SamplingParams(**{**TERMINAL_DEFAULTS, **llm.generation.defaults, **given})
+    usual = {
+        name: llm.generation.defaults.get(name, value) for name, value in TERMINAL_DEFAULTS.items()
+    }
+    wanted = {**usual, **given}
     room = max(llm.max_model_len - len(prompt), 1)
-    return params.replace(max_tokens=min(params.max_tokens or room, room))
+    wanted["max_tokens"] = min(wanted["max_tokens"] or room, room)
+    return llm.generation.sampling_params(**wanted)
 
 
 def print_version(options: dict[str, Any]) -> int:

@@ -19,7 +19,7 @@ from torch import dtype as Dtype
 
 from pagedserve import config
 from pagedserve.errors import StartupError
-from pagedserve.kernels import cpu, cpu_matrix, reference
+from pagedserve.kernels import cpu, cpu_matrix, paged_decode_cuda, reference
 from pagedserve.kernels.experts import Experts, ExpertWeights, LoopedExperts
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
 from pagedserve.kernels.ops import HeadOps, Ops
@@ -50,11 +50,14 @@ class Device(Protocol):
     """Where the model runs. `name` is for people, `torch` for tensors.
 
     `is_gpu`: launches return before the device is done, and its memory is ours to plan.
+    `takes_unread`: `matrix` and `experts` look at no number of the weights that they are given, so
+    these may still be on their way from a file.
     """
 
     name: str
     torch: torch.device
     is_gpu: bool
+    takes_unread: bool
 
     def prepare(self) -> None:
         """Set this process up for serving; the worker calls it once, before anything is loaded."""
@@ -73,6 +76,10 @@ class Device(Protocol):
 
     def give_back(self) -> None:
         """Let others have the memory that is not used."""
+        ...
+
+    def reserve(self, num_bytes: int) -> None:
+        """Hold so much for what is allocated later. Raises torch.OutOfMemoryError."""
         ...
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
@@ -102,6 +109,7 @@ class Cpu:
     name = "cpu"
     torch = torch.device("cpu")
     is_gpu = False
+    takes_unread = False  # weights are packed
 
     def prepare(self) -> None:
         # OpenMP's threads spin while they wait for each other, and stall for milliseconds when
@@ -126,6 +134,9 @@ class Cpu:
 
     def give_back(self) -> None:
         pass  # free memory is nobody's here
+
+    def reserve(self, num_bytes: int) -> None:
+        pass
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         # bfloat16 matrix products are slower than these on most CPUs, and less exact.
@@ -155,6 +166,7 @@ class Cuda:
     """The current CUDA GPU."""
 
     is_gpu = True
+    takes_unread = True
 
     def __init__(self) -> None:
         self.torch = torch.device("cuda", torch.cuda.current_device())
@@ -165,6 +177,8 @@ class Cuda:
         # 2.11, H200; an unaligned view of the mask is suspected). It also builds a graph for every
         # new shape, and ours never repeat. torch's other forms compute the same.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if torch.cuda.get_device_capability(self.torch) == paged_decode_cuda.CAPABILITY:
+            paged_decode_cuda.build_behind()
 
     def memory(self) -> Memory:
         free, total = torch.cuda.mem_get_info(self.torch)
@@ -181,6 +195,10 @@ class Cuda:
     def give_back(self) -> None:
         gc.collect()  # a frame in a cycle may hold tensors
         torch.cuda.empty_cache()
+
+    def reserve(self, num_bytes: int) -> None:
+        # torch's allocator keeps what it once had, and cuts later tensors out of it.
+        torch.empty(num_bytes, dtype=torch.uint8, device=self.torch)
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         return checkpoint_dtype
@@ -210,6 +228,51 @@ class Cuda:
         from pagedserve.kernels.gpu import GpuKernels
 
         return GpuKernels.on(self.torch, config.cache_directory())
+
+
+class Outline:
+    """A device with shapes and no numbers, as large as is said: what would lie there is counted."""
+
+    torch = torch.device("meta")
+    takes_unread = True
+
+    def __init__(self, memory: Memory, *, is_gpu: bool, name: str = "outline"):
+        self.name, self.is_gpu = name, is_gpu
+        self._memory = memory
+
+    def prepare(self) -> None:
+        pass
+
+    def take(self, num_bytes: int) -> None:
+        """So much is not free any more."""
+        self._memory = Memory(max(0, self._memory.free - num_bytes), self._memory.total)
+
+    def memory(self) -> Memory:
+        return self._memory
+
+    def recover(self) -> None:
+        pass
+
+    def give_back(self) -> None:
+        pass
+
+    def reserve(self, num_bytes: int) -> None:
+        pass
+
+    def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
+        return checkpoint_dtype if self.is_gpu else float32
+
+    def matrix(self, weight: Tensor) -> Matrix:
+        return PlainMatrix(weight)
+
+    def experts(self, weights: ExpertWeights) -> Experts:
+        return LoopedExperts.of(weights, self.matrix)
+
+    def ops(self, dtype: Dtype) -> Ops:
+        return reference
+
+    def head_ops(self, dtype: Dtype) -> HeadOps | None:
+        return None
 
 
 def pick(wanted: str = "auto") -> Device:

@@ -27,6 +27,7 @@ from pagedserve.config import Config
 from pagedserve.engine.channel import Finish, Progress, Ready
 from pagedserve.engine.client import EngineClient
 from pagedserve.errors import PagedServeError, RequestError, StartupError
+from pagedserve.models.telling import Tell, tell_nobody
 from pagedserve.request import (
     Request,
     SamplingParams,
@@ -114,7 +115,7 @@ class LLM:
         self._template: ChatTemplate | None = None
         self._tokenizer: Tokenizer | None = None
         self._client = EngineClient()
-        self._downloading: Callable[[str, str], None] = lambda phase, detail: None
+        self._downloading: Tell = tell_nobody
         # For scripts that just end: no process may stay behind. In a fork, where this runs as
         # well, `close` leaves the engine alone.
         weakref.finalize(self, self._client.close, 0.1)
@@ -260,7 +261,7 @@ class LLM:
         """The default parameters, with no more tokens than fit behind a prompt."""
         usual = self.get_default_sampling_params()
         room = max(self.max_model_len - num_prompt, 1)
-        return usual.replace(max_tokens=min(usual.max_tokens or room, room))
+        return self.generation.sampling_params(max_tokens=min(usual.max_tokens or room, room))
 
     def _pending(self, text: str | None, ids: list[int], params: SamplingParams | None) -> Pending:
         ready = self._client.ready
@@ -364,11 +365,11 @@ def checked_params(params: Any) -> SamplingParams:
     return params
 
 
-def now_and_then(say: Callable[[str, float], None]) -> Callable[[str, str], None]:
+def now_and_then(say: Callable[[str, float], None]) -> Tell:
     """Hands on how far a download is, every few seconds, with the seconds since now."""
     begun, told = time.monotonic(), float("-inf")
 
-    def report(phase: str, detail: str) -> None:
+    def report(phase: str, detail: str, done: int = 0, total: int = 0) -> None:
         nonlocal told
         now = time.monotonic()
         if now >= told + TELL_SECONDS:

@@ -90,6 +90,25 @@ def test_parameters_left_out_are_the_models_own_as_far_as_they_fit(tmp_path: Pat
         assert llm.get_default_sampling_params() == SamplingParams()
 
 
+def test_the_models_stop_strings_and_least_of_tokens_are_its_defaults(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, byte_level())
+    values = '{"stop_strings": ["lo"], "min_new_tokens": 12, "max_new_tokens": 90}'
+    (directory / "generation_config.json").write_text(values)
+    with LLM(directory, max_model_len=30) as llm:
+        usual = SamplingParams(stop=["lo"], min_tokens=12, max_tokens=90)
+        assert llm.get_default_sampling_params() == usual
+        ids = llm.get_tokenizer().encode("hello")
+        (output,) = llm.generate({"prompt_token_ids": ids})
+        assert output.outputs[0].stop_reason == "lo" and len(output.outputs[0].token_ids) > 12
+        (output,) = llm.generate({"prompt_token_ids": [5] * 22})  # a least that does not fit
+        assert len(output.outputs[0].token_ids) == 8
+    with LLM(directory, skip_tokenizer_init=True, max_model_len=99) as llm:
+        assert llm.get_default_sampling_params().stop == []
+        assert any("not applied" in line and "stop_strings" in line for line in llm.notes)
+        (output,) = llm.generate({"prompt_token_ids": [5] * 4})
+        assert len(output.outputs[0].token_ids) == 90
+
+
 def test_what_is_not_applied_is_a_warning_unless_the_caller_shows_notes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

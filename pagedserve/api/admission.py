@@ -22,6 +22,7 @@ sake. Of what is computed nothing is kept: a key may have all of it while no oth
 
 from __future__ import annotations
 
+import enum
 import math
 import time
 from collections import Counter
@@ -47,13 +48,25 @@ EXPIRE_REASONS = ("queue", "ttft", "total")
 Clock = Callable[[], float]
 
 
+class Scope(enum.Flag):
+    """What an API key opens; every route wants one of these (`app.ROUTES`)."""
+
+    USE = enum.auto()  # ask for answers
+    METRICS = enum.auto()  # read the figures, which name all holders of keys
+    ADMIN = enum.auto()  # change the state of the server
+
+
+EVERYTHING = Scope.USE | Scope.METRICS | Scope.ADMIN
+
+
 @dataclass(frozen=True, slots=True)
 class Tenant:
     """Whoever shares an API key's name. `id` is what the engine knows of it.
 
-    `weight`: its share against the others'. `requests_per_minute` and `max_open` (requests and
-    streams at a time): 0 is no limit. `best_priority`: the lowest number that its requests may
-    give as their priority, and what they have without one; None is any, and 0 without one.
+    `scope`: what its keys open. `weight`: its share against the others'. `requests_per_minute` and
+    `max_open` (requests and streams at a time): 0 is no limit. `best_priority`: the lowest number
+    that its requests may give as their priority, and what they have without one; None is any, and
+    0 without one.
     """
 
     id: int = 0
@@ -62,6 +75,7 @@ class Tenant:
     requests_per_minute: int = 0
     max_open: int = 0
     best_priority: int | None = None
+    scope: Scope = Scope.USE
 
     def priority(self, given: int | None) -> int:
         """The priority of a request that gives one, or none. Raises RequestError."""
@@ -77,7 +91,7 @@ class Tenant:
         return given
 
 
-ANYBODY = Tenant()
+ANYBODY = Tenant(scope=EVERYTHING)  # where no key is needed; and who has the operator's own
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ same directory, with the end tokens settled here, because only this side knows t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from pagedserve.errors import StartupError
 from pagedserve.models import config_json, generation_config
 from pagedserve.models.architectures import is_native
 from pagedserve.models.generation_config import GenerationConfig
+from pagedserve.models.readahead import read_ahead
+from pagedserve.models.telling import Tell
 from pagedserve.models.tokenizer_classes import tokenizer_classes
 from pagedserve.text.chat import ChatTemplate, load_text
 from pagedserve.text.tokenizer import Tokenizer
-
-Tell = Callable[[str, str], None]  # a phase, and how far it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,8 @@ def load(model: ModelConfig, on_progress: Tell) -> TextSide:
         weights=model.load_format != "dummy",
         on_progress=on_progress,
     )
+    if model.load_format != "dummy":
+        read_ahead(directory)
     overrides = model.hf_overrides or {}
     plain = config_json.read_json(directory / "config.json")
     generation = generation_config.read(
@@ -87,6 +88,8 @@ def load(model: ModelConfig, on_progress: Tell) -> TextSide:
             class_defaults=tokenizer_classes(),
         )
         generation = generation.ending_with(tokenizer.end_id)
+    else:
+        generation = generation.without_text()
     changes = config_json.changes(plain, overrides)
     return TextSide(
         directory,

@@ -1,12 +1,13 @@
-"""What every HTTP request passes first: an id, and a limit on its body.
+"""What every HTTP request passes first: an id, a limit on its body, and the end of its connection.
 
-Both are plain ASGI middleware: they run for every chunk of every stream.
+All are plain ASGI middleware: they run for every chunk of every stream.
 """
 
 from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,6 +38,22 @@ class RequestId:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class LastAnswer:
+    """Makes every answer the last of its connection, once `ending()`: clients go elsewhere."""
+
+    def __init__(self, app: ASGIApp, ending: Callable[[], bool]):
+        self._app = app
+        self._ending = ending
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._ending():
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
+        await self._app(scope, receive, send_last)
 
 
 class BodyLimit:

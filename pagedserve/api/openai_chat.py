@@ -68,7 +68,8 @@ def prepare(
     ids = service.encode(text, add_special_tokens=False)
     check_prompt_tokens(len(ids) * params.n, limits, param="messages")
     usual = min(service.generation.max_tokens or most, most)
-    return ids, service.check(ids, params, param="messages", usual_tokens=usual)
+    least = service.generation.min_tokens if body.min_tokens is None else 0
+    return ids, service.check(ids, params, param="messages", usual_tokens=usual, least_tokens=least)
 
 
 async def whole_choice(

@@ -117,7 +117,10 @@ def add_prompt(
     if job.scoring:
         check_scored(len(ids), service.check_available().max_model_len)
     usual = min(service.generation.max_tokens or DEFAULT_MAX_TOKENS, most)
-    settled = service.check(ids, params, param="prompt", usual_tokens=usual)
+    least = service.generation.min_tokens if job.body.min_tokens is None else 0
+    settled = service.check(
+        ids, params, param="prompt", usual_tokens=usual, least_tokens=0 if job.scoring else least
+    )
     job.prompts.append(ids)
     job.params.append(settled)
     if job.body.echo:

@@ -109,6 +109,8 @@ class SamplingFields(BaseModel):
         """
         if self.stop is not None and not isinstance(self.stop, (str, list)):
             raise RequestError("stop must be a string or a list of strings", param="stop")
+        # Those of the tokens are for who knows what fits: `service.check`.
+        defaults = {name: value for name, value in defaults.items() if name != "min_tokens"}
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         given = {name: value for name, value in given.items() if value is not None}
         check_within(given | settled, limits)

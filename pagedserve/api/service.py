@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from pagedserve import logs
 from pagedserve.api import checkpoint
-from pagedserve.api.admission import Admission, Visit
+from pagedserve.api.admission import Admission, Tenant, Visit
 from pagedserve.api.answer import Answer
 from pagedserve.api.checkpoint import TextSide
 from pagedserve.api.metrics import Metrics
+from pagedserve.api.startup import Startup
 from pagedserve.config import DEMO_MODEL, Config
 from pagedserve.engine.channel import Progress, Ready
 from pagedserve.engine.client import EngineClient
-from pagedserve.engine.watch import TICK_SECONDS
+from pagedserve.engine.watch import TICK_SECONDS, Silence
 from pagedserve.errors import (
     ContextLengthExceeded,
     PagedServeError,
@@ -39,16 +41,18 @@ from pagedserve.text.deltas import TextStream
 from pagedserve.text.tokenizer import Tokenizer
 
 log = logging.getLogger("pagedserve")
+requests_log = logging.getLogger(logs.REQUESTS)
 
 T = TypeVar("T")
 
+MAX_LOGGED_TOKENS = 2048  # of a prompt
 INLINE_BYTES = 4096  # the text of bodies up to here is tokenised faster than a thread is reached
 
 
 class Service:
     """One served model. `phase` is "ready" only while requests are taken.
 
-    `loading` is what the start is doing, or did last; `failure` is done, with the cause, once this
+    `startup` is what the start is doing, or did last; `failure` is done, with the cause, once this
     service can do nothing any more.
     """
 
@@ -66,7 +70,8 @@ class Service:
         self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.on_phase: Callable[[str, str], None] = lambda phase, detail: None
         self.text: TextSide | None = None
-        self.loading = "starting"
+        self.startup = Startup()
+        self._silence = Silence(time.monotonic())  # of our own half of the start
         self._ready = asyncio.Event()
         self._ticking: asyncio.TimerHandle | None = None
 
@@ -98,16 +103,16 @@ class Service:
 
     @property
     def phase(self) -> str:
-        """What the server is doing: "loading", "ready", "restarting", "draining" or "dead"."""
+        """One of "loading", "ready", "stalled", "restarting", "draining" and "dead"."""
         if self.failure.done():
             return "dead"
         if self.draining:
             return "draining"
         if self.client.restarting:
             return "restarting"
-        if self.ready is not None:
-            return "ready"
-        return "loading"
+        if self.ready is None:
+            return "loading"
+        return "stalled" if self.client.silent else "ready"
 
     @property
     def ready(self) -> Ready | None:
@@ -137,7 +142,7 @@ class Service:
         if self.draining:
             raise UnavailableError("the server is shutting down", code="draining")
         if self.ready is None:
-            raise UnavailableError(f"the model is loading: {self.loading}", code="loading")
+            raise UnavailableError(f"the model is loading: {self.startup.text}", code="loading")
         return self.ready
 
     async def _load(self) -> None:
@@ -146,8 +151,10 @@ class Service:
         self._enter("finding the model")
         loop = asyncio.get_running_loop()
 
-        def report(phase: str, detail: str) -> None:  # from the thread
-            loop.call_soon_threadsafe(self._enter, phase, detail)
+        def report(phase: str, detail: str, done: int = 0, total: int = 0) -> None:
+            # From the thread, which may outlive the loop.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._enter, phase, detail, done, total)
 
         text = await in_daemon_thread(checkpoint.load, self.config.model, report)
         options = self.config.to_builtins() | text.engine_options() | {"api_key": None}
@@ -158,8 +165,9 @@ class Service:
         self.admission.settle(self.client.ready)
         self.text = text
 
-    def _enter(self, phase: str, detail: str = "") -> None:
-        self.loading = " ".join(filter(None, (phase, detail)))
+    def _enter(self, phase: str, detail: str = "", done: int = 0, total: int = 0) -> None:
+        self.startup.enter(phase, detail, done, total)
+        self._silence.heard()
         self.on_phase(phase, detail)
 
     def _progress(self, message: Progress | Ready) -> None:
@@ -169,7 +177,7 @@ class Service:
                 self._enter("ready again", f"{self.client.num_live} sequences go on")
             self._ready.set()
         else:
-            self._enter(message.phase, message.detail)
+            self._enter(message.phase, message.detail, message.bytes_done, message.bytes_total)
 
     def _readable(self) -> None:
         self.client.poll()
@@ -179,10 +187,21 @@ class Service:
         """Let the client see time pass: stalls, and the moment of a restart."""
         try:
             self.client.tick()
+            self._watch_own_half()
             self._look()
         finally:  # a bug in one answer must not end the watch over all
             if not self.failure.done():
                 self._tick_later()
+
+    def _watch_own_half(self) -> None:
+        """End a start that hangs before the engine has its configuration: a dead file system."""
+        self._silence.look(time.monotonic(), stopped=False)
+        limit = self.config.server.load_timeout
+        if not self.client.configured and limit and self._silence.seconds > limit:
+            self._fail(
+                f"the start made no progress for {limit:g} s while it read the files of "
+                f"{self.config.model.model}; look whether their file system answers"
+            )
 
     def _tick_later(self) -> None:
         self._ticking = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
@@ -251,12 +270,14 @@ class Service:
         params: SamplingParams,
         *,
         param: str,
-        usual_tokens: int | None = None,
+        usual_tokens: int,
+        least_tokens: int = 0,
     ) -> SamplingParams:
         """`params` settled for `prompt`. Raises RequestError where either is unfit.
 
         `usual_tokens`: how many tokens are written at most where `params` leave it open, or as many
-        as the context holds, if those are fewer.
+        as the context holds, if those are fewer. `least_tokens`: the default of `min_tokens`, of
+        which no more is kept than fits.
         """
         ready = self.check_available()
         check_vocabulary(params, ready.vocab_size)
@@ -267,10 +288,14 @@ class Service:
             max_model_len=ready.max_model_len,
             param=param,
         )
-        if params.max_tokens is not None or usual_tokens is None:
-            return settled
-        assert settled.max_tokens is not None, "check_prompt settles max_tokens"
-        return settled.replace(max_tokens=min(settled.max_tokens, usual_tokens))
+        most = settled.max_tokens
+        assert most is not None, "check_prompt settles max_tokens"
+        if params.max_tokens is None:
+            most = min(most, usual_tokens)
+            settled = settled.replace(max_tokens=most)
+        if least_tokens:
+            settled = settled.replace(min_tokens=min(least_tokens, most))
+        return settled
 
     def submit(
         self,
@@ -312,8 +337,11 @@ class Service:
                         tenant=visit.tenant.id,
                         weight=visit.tenant.weight,
                         deadline=visit.deadlines.next(computed=False, written=False),
+                        cache_salt=self.cache_salt(visit.tenant),
                     )
                 )
+        if self.config.server.log_prompts:
+            self._log_prompts(visit, prompts, params)
         sinks = [answer.add(each, self._stream(each)) for each in requests]
         self.answers.add(answer)
         try:
@@ -323,6 +351,25 @@ class Service:
             raise
         answer.keep_time()
         return answer
+
+    def _log_prompts(
+        self, visit: Visit, prompts: list[list[int]], params: list[SamplingParams]
+    ) -> None:
+        assert self.tokenizer is not None
+        for prompt, wanted in zip(prompts, params, strict=True):
+            text = self.tokenizer.decode(prompt[:MAX_LOGGED_TOKENS], skip_special_tokens=False)
+            requests_log.info(
+                "%s asks behind %d tokens: %r%s with %s",
+                visit.tenant.name,
+                len(prompt),
+                text,
+                "…" if len(prompt) > MAX_LOGGED_TOKENS else "",
+                wanted,
+            )
+
+    def cache_salt(self, tenant: Tenant) -> str:
+        """What keeps the prompts of one holder of keys from being found by another's."""
+        return "" if self.config.server.share_prefix_cache else str(tenant.id)
 
     def _stream(self, request: Request) -> TextStream:
         return TextStream(self.tokenizer, request.params, request.prompt_token_ids)

@@ -25,7 +25,7 @@ def run(options: dict[str, Any]) -> int:
 
     console, model, revision = Console(), options["model"], options["revision"]
 
-    def report(phase: str, detail: str) -> None:
+    def report(phase: str, detail: str, done: int = 0, total: int = 0) -> None:
         console(f"\r{phase} {detail}")
 
     try:

@@ -19,11 +19,15 @@ from typing import Any
 
 import msgspec
 
+from pagedserve.errors import PagedServeError
 from pagedserve.request import Request
 from pagedserve.step import TokenLogprobs
 
 HEADER = struct.Struct("<I")
 READ_BYTES = 1 << 20
+# What the decoder raises: its own; for text that is no UTF-8; for nesting past the stack; and what
+# the checks of a SamplingParams raise.
+NO_MESSAGE = (msgspec.MsgspecError, ValueError, RecursionError, PagedServeError)
 
 
 class ChannelClosed(Exception):
@@ -63,11 +67,16 @@ class Control(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """A start-up phase has begun; `seconds` is the time since the engine process started."""
+    """A start-up phase has begun, or goes on; `seconds`: since the engine process started.
+
+    `detail` says for people how far it is, `bytes_done` of `bytes_total` where it moves bytes.
+    """
 
     phase: str
     seconds: float
     detail: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
 
 
 class Ready(Message, frozen=True):
@@ -240,7 +249,7 @@ class Channel:
             start = at + HEADER.size
             try:
                 messages.append(self._decoder.decode(view[start : start + length]))
-            except msgspec.MsgspecError as error:
+            except NO_MESSAGE as error:
                 raise ChannelBroken(f"the other process sent no message: {error}") from error
             at = start + length
         view.release()

@@ -40,7 +40,7 @@ from pagedserve.engine.channel import (
 from pagedserve.engine.child import EngineProcess
 from pagedserve.engine.phases import Phase, phases_of
 from pagedserve.engine.unfinished import Entry, Sink, Unfinished
-from pagedserve.engine.watch import END_SECONDS, Recovery, Restarts, Silence
+from pagedserve.engine.watch import END_SECONDS, SILENT_SHARE, Recovery, Restarts, Silence
 from pagedserve.errors import PagedServeError, UnavailableError
 from pagedserve.request import Request
 
@@ -123,13 +123,26 @@ class EngineClient:
         return len(self._unfinished)
 
     @property
+    def silent(self) -> bool:
+        """True while an engine that serves has given no sign of life for far too long."""
+        if not self._up or self.ready is None:
+            return False
+        return bool(self._silence.stall(SILENT_SHARE * self.ready.stall_seconds, serving=True))
+
+    @property
     def num_restarts(self) -> int:
         """Engines started in the place of dead ones."""
         return self._restarts.total
 
+    @property
+    def configured(self) -> bool:
+        """True once the engine was told what to load."""
+        return self._options is not None
+
     def configure(self, options: dict[str, Any]) -> None:
         """Send the flat configuration; the engine loads the model and reports `ready`."""
         self._options = options
+        self._silence.heard()  # until now it waited for us
         self._send(Configure(options))
 
     def submit(self, requests: list[Request], sinks: Sequence[Sink]) -> None:
@@ -200,16 +213,15 @@ class EngineClient:
 
     def tick(self) -> None:
         """What time brings: a stalled engine is ended, a dead one replaced. Call it every
-        `watch.TICK_SECONDS`; it does nothing without a `Recovery`."""
-        if self.cause_of_death is not None or not self._recovery.max_restarts:
+        `watch.TICK_SECONDS`."""
+        if self.cause_of_death is not None:
             return
         self.poll()  # what came while we were busy counts
         if self.restarting and not self._speaking:
             self._restart_when_due()
-        elif self._speaking and self.ready is not None:
+        elif self._speaking and self._options is not None:
             self._silence.look(time.monotonic(), stopped=self._engine.stopped)
-            stall = self._silence.stall(self.ready.stall_seconds, serving=self._up)
-            if stall is not None:
+            if (stall := self._stall()) is not None:
                 self._died(stall)
 
     def close(self, timeout: float = 5.0) -> None:
@@ -227,6 +239,16 @@ class EngineClient:
         self._engine.wait(timeout)
         if self.cause_of_death is None:
             self.cause_of_death = "shut down"
+
+    def _stall(self) -> str | None:
+        """Why the engine is to be ended, or None."""
+        recovery, ready = self._recovery, self.ready
+        # One that never was ready has no deadline of its own; one without a successor may be slow.
+        seconds = ready.stall_seconds if ready is not None and recovery.max_restarts else 0.0
+        stall = self._silence.stall(seconds, serving=self._up, load_deadline=recovery.load_seconds)
+        if stall is None or self._up or not self.phases:
+            return stall
+        return f"{stall}: {self.phases[-1].phase} {self.phases[-1].detail}".rstrip()
 
     @property
     def _owned(self) -> bool:

@@ -7,15 +7,17 @@ the way, runs the loop, and when it must die says why, once.
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-import traceback
 from typing import TYPE_CHECKING
 
+from pagedserve import logs
 from pagedserve.config import Config
 from pagedserve.engine.block_pool import BlockPool
 from pagedserve.engine.channel import (
@@ -31,9 +33,12 @@ from pagedserve.engine.loop import Engine
 from pagedserve.engine.scheduler import Scheduler
 from pagedserve.errors import PagedServeError, StartupError, shorten
 from pagedserve.kernels import extension
+from pagedserve.kernels.driver import EarlyContext
 
 if TYPE_CHECKING:
     from pagedserve.executor.local import LocalExecutor
+
+log = logging.getLogger("pagedserve")
 
 STARTED = time.monotonic()
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -51,13 +56,19 @@ def main(fd: int, parent: int = 0) -> int:
     # The API process owns Ctrl-C: it drains, then tells us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=fd))
+    with logs.to_standard_error():
+        return to_the_end(channel)
+
+
+def to_the_end(channel: Channel) -> int:
+    """Serve `channel`; the exit status."""
     try:
         serve(channel)
     except ChannelClosed:
         return 0  # the API process is gone: nobody to serve, nobody to tell
     except Exception as error:
         if not isinstance(error, PagedServeError):
-            traceback.print_exc()
+            log.exception("the engine cannot go on")
         report_death(channel, error)
         return 1
     return 0
@@ -66,6 +77,7 @@ def main(fd: int, parent: int = 0) -> int:
 def serve(channel: Channel) -> None:
     """Start up, report ready, run until told to stop."""
     report(channel, "import torch")
+    context = EarlyContext()
     # A first start compiles the CPU's kernels: on another core, while torch is imported here.
     threading.Thread(target=extension.load, daemon=True).start()
     # Imported while the API process still resolves the model: the two take about as long.
@@ -74,8 +86,10 @@ def serve(channel: Channel) -> None:
     config = receive_config(channel)
     if config is None:
         return
-    executor = executor_class(config, lambda phase, detail: report(channel, phase, detail))
+    executor = executor_class(config, functools.partial(report, channel))
     info = executor.start()
+    if not info.asynchronous:
+        context.give_back()
     scheduler = Scheduler(
         BlockPool(info.num_blocks, caching=config.cache.enable_prefix_caching),
         block_size=config.cache.block_size,
@@ -155,9 +169,9 @@ def receive_config(channel: Channel) -> Config | None:
                     return None
 
 
-def report(channel: Channel, phase: str, detail: str = "") -> None:
-    """Tell the API process which start-up phase begins."""
-    channel.send(Progress(phase, time.monotonic() - STARTED, detail))
+def report(channel: Channel, phase: str, detail: str = "", done: int = 0, total: int = 0) -> None:
+    """Tell the API process which start-up phase begins, or how far it is."""
+    channel.send(Progress(phase, time.monotonic() - STARTED, detail, done, total))
 
 
 def report_death(channel: Channel, error: Exception) -> None:

@@ -11,6 +11,7 @@ TICK_SECONDS = 0.1  # how often the API process looks
 STOPPED_SECONDS = 10.0  # the kernel's word that a process is stopped needs no longer patience
 GOOD_LIFE_SECONDS = 60.0  # an engine that was ready for so long did not die of its start
 MAX_DELAY_SECONDS = 30.0
+SILENT_SHARE = 0.25  # of the silence that ends an engine: it is told of, long before
 END_SECONDS = 60.0  # a killed process that is still there then will not go
 
 
@@ -19,10 +20,12 @@ class Recovery:
     """What happens at an engine's death.
 
     `max_restarts`: restarts in a row, each without a token and without a minute of service, before
-    it is given up; 0 never restarts and never watches.
+    it is given up; 0 never restarts, and ends no engine that stalls. `load_seconds`: without a word
+    from an engine that loads, after which it is ended; 0 is never.
     """
 
     max_restarts: int = 0
+    load_seconds: float = 0.0
 
 
 class Silence:
@@ -48,17 +51,16 @@ class Silence:
         self.seconds += passed
         self.stopped_seconds = self.stopped_seconds + passed if stopped else 0.0
 
-    def stall(self, deadline: float, *, serving: bool) -> str | None:
-        """Why the engine counts as stalled, or None. `deadline`: seconds, 0 is never.
+    def stall(self, deadline: float, *, serving: bool, load_deadline: float = 0.0) -> str | None:
+        """Why the engine counts as stalled, or None. Deadlines are in seconds; 0 is never.
 
-        A model may load for as long as it needs; only one that serves owes signs of life.
+        One that serves owes a sign of life all the time, one that loads a word on how far it is.
         """
-        if not deadline:
-            return None
-        if self.stopped_seconds > min(deadline, STOPPED_SECONDS):
+        if deadline and self.stopped_seconds > min(deadline, STOPPED_SECONDS):
             return "the engine process was stopped by a signal"
-        if serving and self.seconds > deadline:
-            return f"the engine made no progress for {deadline:g} s"
+        limit, when = (deadline, "") if serving else (load_deadline, " while it loaded")
+        if limit and self.seconds > limit:
+            return f"the engine made no progress for {limit:g} s{when}"
         return None
 
 

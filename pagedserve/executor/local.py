@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 from pagedserve.config import Config
 from pagedserve.executor.base import Ticket
+from pagedserve.models.telling import Tell
 from pagedserve.step import EngineInfo, Step, StepOutput
 from pagedserve.worker.faults import unless_broken
 from pagedserve.worker.start import Launched, Worker, start
@@ -15,7 +15,7 @@ from pagedserve.worker.start import Launched, Worker, start
 class LocalExecutor:
     """Runs every step on one Runner; the simplest `base.Executor`."""
 
-    def __init__(self, config: Config, on_progress: Callable[[str, str], None]):
+    def __init__(self, config: Config, on_progress: Tell):
         self._config = config
         self._on_progress = on_progress
         self._worker: Worker | None = None

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from pagedserve import config
 from pagedserve.kernels import activation, dispatch, gpu_matrix, gpu_ops, launch, moe
 from pagedserve.kernels.experts import Experts, ExpertWeights, LoopedExperts
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
@@ -36,7 +37,12 @@ class GpuKernels:
 
     @classmethod
     def on(cls, device: torch.device, cache: Path) -> GpuKernels:
-        """Takes 32 MiB of `device`; reads what `tuning` once found out about it from `cache`."""
+        """Takes 32 MiB of `device`; reads what `tuning` once found out about it from `cache`.
+
+        Compiled kernels are kept there too, in a directory of their own.
+        """
+        if (compiled := config.triton_cache_directory()) is not None:
+            triton.knobs.cache.dir = str(compiled)
         index = device.index or 0
         table = dispatch.Table(
             launch.processors(index),

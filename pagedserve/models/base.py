@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ class Model(Protocol):
     @property
     def capturable(self) -> bool:
         """Whether `forward` only enqueues: no shape or choice depends on numbers on the device."""
+        ...
+
+    def excerpt(self) -> Self:
+        """A model of which every kind of layer is in it once, on the same weights; or itself."""
         ...
 
     def forward(

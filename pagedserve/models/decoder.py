@@ -25,7 +25,7 @@ from pagedserve.layers.forward import Forward
 from pagedserve.layers.linear import Linear
 from pagedserve.layers.norm import Normalize, normed
 from pagedserve.layers.rotary import Rotary, query_scale
-from pagedserve.spec import DecoderSpec, QueryScale
+from pagedserve.spec import DecoderSpec, Layer, QueryScale
 
 
 class Part(Protocol):
@@ -173,6 +173,18 @@ class Decoder:
     def capturable(self) -> bool:
         """Whether `forward` only enqueues: no shape or choice depends on numbers on the device."""
         return not any(isinstance(each, LoopedExperts) for each in parts(self.blocks))
+
+    def excerpt(self) -> Decoder:
+        """With one layer of each kind: it asks of a device what the whole one does, less often."""
+        if any(block.skip is not None for block in self.blocks):  # they know layers by number
+            return self
+        kinds: list[Layer] = []
+        blocks: list[Block] = []
+        for layer, block in zip(self.spec.layers, self.blocks, strict=True):
+            if layer not in kinds:
+                kinds.append(layer)
+                blocks.append(block)
+        return dataclasses.replace(self, blocks=tuple(blocks))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, C], rows of what `forward` returned → [n, vocab] float32."""

@@ -28,6 +28,8 @@ APPLIED = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
 }
 DRAWING = ("temperature", "top_p", "top_k", "min_p")  # without effect where nothing is drawn
 
@@ -104,9 +106,30 @@ class GenerationConfig:
         """The default of `max_tokens`; None where there is none."""
         return self.defaults.get("max_tokens")
 
-    def sampling_params(self) -> SamplingParams:
-        """The defaults as a whole."""
-        return SamplingParams(**self.defaults)
+    @property
+    def min_tokens(self) -> int:
+        """The default of `min_tokens`."""
+        return int(self.defaults.get("min_tokens", 0))
+
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        """The defaults with what is `given`; the default of `min_tokens` is less where less fits.
+
+        Raises RequestError.
+        """
+        fields = {**self.defaults, **given}
+        least = fields.pop("min_tokens", 0)
+        params = SamplingParams(**fields)
+        if "min_tokens" not in given and params.max_tokens is not None:
+            least = min(least, params.max_tokens)
+        return params.replace(min_tokens=least)
+
+    def without_text(self) -> GenerationConfig:
+        """The same for who has no tokenizer: stop strings cannot be looked for."""
+        if "stop" not in self.defaults:
+            return self
+        defaults = {name: value for name, value in self.defaults.items() if name != "stop"}
+        not_applied = self.not_applied | {"stop_strings": self.defaults["stop"]}
+        return dataclasses.replace(self, defaults=defaults, not_applied=not_applied)
 
     def ending_with(self, token_id: int | None) -> GenerationConfig:
         """The same with the tokenizer's end token too, unless the user chose the end tokens."""
@@ -183,15 +206,18 @@ def sampling_defaults(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises StartupError for a value that no request could have.
     """
-    found = {ours: values.get(theirs) for theirs, ours in APPLIED.items()}
-    defaults = {name: value for name, value in found.items() if value is not None}
+    defaults = {
+        ours: value
+        for theirs, ours in APPLIED.items()
+        if (value := values.get(theirs)) is not None and value not in NEUTRAL.get(theirs, ())
+    }
     if values.get("do_sample") is False:
         defaults = {k: v for k, v in defaults.items() if k not in DRAWING} | {"temperature": 0.0}
     try:
-        SamplingParams(**defaults)
+        params = SamplingParams(**{"max_tokens": None, **defaults})
     except RequestError as error:
         raise StartupError(f"{where}: {error.message}") from error
-    return defaults
+    return defaults | ({"stop": params.stop} if "stop" in defaults else {})
 
 
 def not_applied(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -119,29 +119,44 @@ class Ring:
 
         Whatever is enqueued on the stream afterwards finds them there; with `later`, what is after
         the next `settle`, and the threads go on with the next tensor. Raises StartupError as
-        `Files.read` does, then or later.
+        `Files.read` does, now or at a later call.
         """
         if into.numel() == 0:
             return
         whole = into.view(-1).view(torch.uint8)
+        if not later and len(whole) <= min(LEAST_PIECE, self._buffer_bytes):
+            self._read_here(stored, whole, skip)
+            return
         piece_bytes = self._buffer_bytes if later else self._share(len(whole))
+        # What is wanted now goes past what is not.
+        mine = self._coming if later else deque[Piece]()
         try:
             for first, last in pieces(len(whole), piece_bytes):
-                buffer = self._next()
+                buffer = self._next(mine)
                 memory = buffer.memory[: last - first]
                 read = self._pool.submit(self._files.read, stored, memory, skip=skip + first)
-                self._coming.append(Piece(read, buffer, memory, whole[first:last]))
-            if not later:
-                self.settle()
+                mine.append(Piece(read, buffer, memory, whole[first:last]))
+            while not later and mine:
+                self._copy_oldest(mine)
         except BaseException:
-            self._abandon()
+            self._abandon(mine)
             raise
+
+    def _read_here(self, stored: Stored, into: Tensor, skip: int) -> None:
+        """By this thread: a few bytes would wait longer for another."""
+        buffer = self._next(deque())
+        memory = buffer.memory[: len(into)]
+        try:
+            self._files.read(stored, memory, skip=skip)
+            buffer.mark = self._uploads.copy(into, memory)
+        finally:
+            self._free.append(buffer)
 
     def settle(self) -> None:
         """Enqueue the copies of all that was read. Raises StartupError."""
         try:
             while self._coming:
-                self._copy_oldest()
+                self._copy_oldest(self._coming)
         except BaseException:
             self._abandon()
             raise
@@ -163,30 +178,32 @@ class Ring:
         share = -(-num_bytes // self._threads)
         return min(max(-(-share // PAGE) * PAGE, LEAST_PIECE), self._buffer_bytes)
 
-    def _next(self) -> Buffer:
-        """A buffer that nobody uses any more."""
-        while self._coming and self._coming[0].read.done():
-            self._copy_oldest()
+    def _next(self, mine: deque[Piece]) -> Buffer:
+        """A buffer that nobody uses any more. `mine`: pieces that hold some and matter more."""
+        for queue in (mine, self._coming):
+            while queue and queue[0].read.done():
+                self._copy_oldest(queue)
         if self._unmade:
             self._unmade -= 1
             return Buffer(self._uploads.buffer(self._buffer_bytes))
         if not self._free:
-            self._copy_oldest()
+            self._copy_oldest(mine or self._coming)
         buffer = self._free.popleft()
         buffer.await_copy()
         return buffer
 
-    def _copy_oldest(self) -> None:
+    def _copy_oldest(self, queue: deque[Piece]) -> None:
         """Wait until it is read, and enqueue its copy. Raises what reading it raised."""
-        piece = self._coming[0]
+        piece = queue[0]
         piece.read.result()
         piece.buffer.mark = self._uploads.copy(piece.into, piece.memory)
-        self._free.append(self._coming.popleft().buffer)
+        self._free.append(queue.popleft().buffer)
 
-    def _abandon(self) -> None:
+    def _abandon(self, mine: Iterable[Piece] = ()) -> None:
         """Forget what is on its way, once no thread writes to a buffer any more."""
-        wait([piece.read for piece in self._coming if not piece.read.cancel()])
-        self._free.extend(piece.buffer for piece in self._coming)
+        lost = {id(piece): piece for piece in (*mine, *self._coming)}.values()
+        wait([piece.read for piece in lost if not piece.read.cancel()])
+        self._free.extend(piece.buffer for piece in lost)
         self._coming.clear()
 
 

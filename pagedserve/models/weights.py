@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -46,19 +45,26 @@ class Source(Protocol):
         ...
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         """Fill `into`, casting and moving; as often and in as many parts as there are readers.
 
         `transposed`: the last two dimensions are stored the other way round. `rows`: int64 indices
         into the first dimension, after that turn; `stored[rows]` has the shape of `into`. An `into`
         that holds no floating point numbers is filled with what is stored in just its dtype.
+        `later`: nobody looks at `into` before `settle` or `finish`, so that threads need not stop
+        between one tensor and the next.
         """
         ...
 
-    def together(self) -> AbstractContextManager[None]:
-        """Inside, what was read may be looked at only after the end: so threads need not stop
-        between one tensor and the next."""
+    def settle(self) -> None:
+        """Have everything read that was to be read `later`."""
         ...
 
     def finish(self) -> None:
@@ -102,15 +108,48 @@ class Dummy:
         return None
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         if into.is_floating_point():
             into.uniform_(-DUMMY_RANGE, DUMMY_RANGE, generator=self.generator)
         else:
             into.random_(0, 128, generator=self.generator)  # fits every integer dtype
 
-    def together(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def settle(self) -> None:
+        return None
+
+    def finish(self) -> None:
+        return None
+
+
+class Shapes:
+    """No numbers: for a model that is only measured."""
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return None
+
+    def read(
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
+    ) -> None:
+        assert into.is_meta, "a tensor with numbers would keep what was there before"
+
+    def settle(self) -> None:
+        return None
 
     def finish(self) -> None:
         return None
@@ -119,9 +158,9 @@ class Dummy:
 class Checkpoint:
     """The safetensors files of a directory, read as the model asks, never as a whole.
 
-    `files` reads them, `shards.Files` if left out. `on_progress` hears of every tenth of the bytes.
-    Raises StartupError for everything that `shards.stored_tensors` finds wrong, before anything is
-    read.
+    `files` reads them, `shards.Files` if left out. `on_bytes` hears of every hundredth of the
+    bytes, how many were read and of how many; without it `on_progress` hears of every tenth. Raises
+    StartupError for everything that `shards.stored_tensors` finds wrong, before anything is read.
     """
 
     def __init__(
@@ -130,6 +169,7 @@ class Checkpoint:
         spec: DecoderSpec,
         on_progress: Callable[[str], None],
         files: Reading | None = None,
+        on_bytes: Callable[[int, int], None] | None = None,
     ):
         self.directory = directory
         self.on_progress = on_progress
@@ -142,9 +182,9 @@ class Checkpoint:
         self.missing: list[str] = []
         self.num_bytes = sum(self.tensors[name].num_bytes for name in self.used)
         self.bytes_read = 0
-        self.tenths = 0
+        self.parts_read = 0
+        self.on_bytes = on_bytes
         self.files = files or Files()
-        self.later = False  # True within `together`
         self.staging = torch.empty(0, dtype=torch.uint8)
 
     def has(self, name: str) -> bool:
@@ -154,7 +194,13 @@ class Checkpoint:
         return self.tensors[name].shape if name in self.used else None
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         stored = self.tensors.get(name)
         if stored is None:
@@ -163,21 +209,16 @@ class Checkpoint:
         self.check_dtype(name, stored, into.dtype)
         self.check_shape(name, stored, into, transposed, rows)
         if into.numel():
-            self.move(stored, into, transposed, rows)
+            self.move(stored, into, transposed, rows, later)
         if name in self.unread:
             self.unread.discard(name)
             self.report(stored.num_bytes)
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        before, self.later = self.later, True
-        try:
-            yield
-            self.files.settle()
-        finally:
-            self.later = before
+    def settle(self) -> None:
+        self.files.settle()
 
     def finish(self) -> None:
+        self.files.settle()
         self.files.check()
         self.files.close()
         self.staging = torch.empty(0, dtype=torch.uint8)
@@ -223,7 +264,9 @@ class Checkpoint:
                 f"{tuple(into.shape)}{part}"
             )
 
-    def move(self, stored: Stored, into: Tensor, transposed: bool, rows: Tensor | None) -> None:
+    def move(
+        self, stored: Stored, into: Tensor, transposed: bool, rows: Tensor | None, later: bool
+    ) -> None:
         """Bring the bytes of `stored` to `into`: straight where that is all, else in pieces.
 
         The one place where weights move.
@@ -238,7 +281,7 @@ class Checkpoint:
         row_bytes = stored.num_bytes // (*stored.shape, 1)[0]
         plain = rows is None and not transposed and into.dtype is dtype
         if plain and into.is_contiguous():
-            self.files.read(stored, into, skip=begin * row_bytes, later=self.later)
+            self.files.read(stored, into, skip=begin * row_bytes, later=later)
             return
         target = into.transpose(-2, -1) if transposed else into
         piece_bytes = STAGING_BYTES if into.device.type == "cpu" else GPU_STAGING_BYTES
@@ -265,12 +308,17 @@ class Checkpoint:
         return self.staging[:num_bytes]
 
     def report(self, num_bytes: int) -> None:
-        """Tell of every full tenth once."""
+        """Tell of every full part once."""
         self.bytes_read += num_bytes
-        tenths = 10 * self.bytes_read // max(self.num_bytes, 1)
-        if tenths > self.tenths:
-            self.tenths = tenths
-            self.on_progress(f"loading weights: {10 * tenths} %")
+        parts = 10 if self.on_bytes is None else 100
+        read = parts * self.bytes_read // max(self.num_bytes, 1)
+        if read == self.parts_read:
+            return
+        self.parts_read = read
+        if self.on_bytes is None:
+            self.on_progress(f"loading weights: {10 * read} %")
+        else:
+            self.on_bytes(self.bytes_read, self.num_bytes)
 
 
 def renamed(found: dict[str, Stored], spec: DecoderSpec, directory: Path) -> dict[str, Stored]:

@@ -77,6 +77,9 @@ class Runner:
         self._backend = backend
         self._prompts = PromptLogprobs(self._rows.token_ids, model.decoder)
 
+    def compile_kernels(self) -> None:
+        """They were compiled when the device was chosen."""
+
     def warm_up(self) -> None:
         """Run one small step, so that the first request does not pay for lazy set-up."""
         slot, params = Slot(0), SamplingParams(temperature=0.0, max_tokens=1)

@@ -35,7 +35,7 @@ class Server:
     def _listening(self) -> str:
         while not (found := re.search(r"listening on (\S+)", self.output)):
             assert self.process.poll() is None, self.output
-            assert time.monotonic() < self.started + 20, self.output
+            assert time.monotonic() < self.started + 60, self.output
             time.sleep(0.01)
         return found[1]
 
@@ -47,7 +47,7 @@ class Server:
     def until_ready(self) -> Server:
         """Wait for /readyz."""
         while self.http.get("/readyz").status_code != 200:
-            assert time.monotonic() < self.started + 20, self.output
+            assert time.monotonic() < self.started + 60, self.output
             time.sleep(0.02)
         return self
 
@@ -63,10 +63,18 @@ class Server:
 
     def wait_for(self, name: str, value: float) -> None:
         """Wait until a figure has `value`."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while (now := self.metric(name)) != value:
             assert time.monotonic() < deadline, f"{name} is {now}, not {value}"
             time.sleep(0.01)
+
+    def wait_for_phase(self, phase: str) -> dict[str, Any]:
+        """Wait until /readyz says `phase`; all that it says."""
+        deadline = time.monotonic() + 30
+        while (found := self.http.get("/readyz").json())["phase"] != phase:
+            assert time.monotonic() < deadline, f"{found}\n{self.output}"
+            time.sleep(0.01)
+        return found
 
     def engine_pid(self) -> int:
         """The process id of its one child."""
@@ -78,7 +86,7 @@ class Server:
         """Send a signal to the server process."""
         self.process.send_signal(number)
 
-    def exit_status(self, timeout: float = 10) -> int:
+    def exit_status(self, timeout: float = 60) -> int:
         """Wait for its end."""
         return self.process.wait(timeout)
 

@@ -21,7 +21,7 @@ def post(server: Server, path: str, body: dict[str, Any]) -> socket.socket:
     sock = socket.create_connection((url.host, url.port))
     payload = msgspec.json.encode(body)
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(payload)}\r\n\r\n"
     )
     sock.sendall(head.encode() + payload)
@@ -39,9 +39,7 @@ def test_leaving_aborts_once(server: Server, stream: bool, seed: int, n: int) ->
     sock = post(server, "/v1/completions", body | ({"prompt": ["hello"] * n, "n": 1}))
     server.wait_for("num_requests_running", n)
     sock.close()
-    start = time.monotonic()
-    server.wait_for("num_requests_running", 0)
-    assert time.monotonic() - start < 0.5
+    server.wait_for("num_requests_running", 0)  # they would write for 40 s, or for ever
     assert server.metric("num_preemptions_total") == aborted + n
     assert server.metric("prefix_cache_hits_total") == useless
 
@@ -53,7 +51,9 @@ def test_an_answer_read_to_its_end_aborts_nothing(server: Server) -> None:
         server.http.post(
             "/v1/completions", json={"prompt": "hello", "max_tokens": 5, "stream": stream}
         )
-    time.sleep(0.05)
+    # Aborts would stand before this one in the channel, and its answer comes behind them.
+    server.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1})
+    server.wait_for("num_requests_running", 0)
     assert server.metric("num_preemptions_total") == aborted
     assert server.metric("prefix_cache_hits_total") == useless
 
@@ -62,14 +62,13 @@ def test_a_storm_of_leaving_clients_leaves_nothing_behind(server: Server) -> Non
     for _ in range(3):
         body = {"prompt": "hello", "max_tokens": 2000, "seed": SLOW, "stream": True}
         socks = [post(server, "/v1/completions", body) for _ in range(60)]
-        time.sleep(0.05)
+        time.sleep(0.05)  # some are read, some tokenised, some computed
         for sock in socks:
             sock.close()
     server.wait_for("num_requests_running", 0)
     assert server.http.get("/health").json()["live_requests"] == 0
-    start = time.monotonic()
-    server.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1})
-    assert time.monotonic() - start < 0.5
+    answer = server.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1})
+    assert answer.json()["usage"]["completion_tokens"] == 1
 
 
 def test_a_reader_that_stalls_gets_everything_in_few_writes(server: Server) -> None:

@@ -16,10 +16,9 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from pagedserve.api.server import Life, cancelled_quietly, check_binding, is_loopback
-from pagedserve.config import Config, ServerConfig
+from pagedserve.api.server import Life, cancelled_quietly
+from pagedserve.config import Config
 from pagedserve.engine.client import EngineClient
-from pagedserve.errors import StartupError
 from tests.api.serving import ROOT, Server
 from tests.api.test_disconnect import post
 
@@ -60,10 +59,9 @@ class Stream(threading.Thread):
 def test_the_port_answers_while_the_model_loads(start: Any) -> None:
     server = start(max_num_seqs=13)  # the toy's order never to become ready
     answer = server.http.get("/readyz")
-    assert time.monotonic() - server.started < 5  # 2 s on an idle machine
     assert answer.status_code == 503
     assert (answer.json()["phase"], "retry-after" in answer.headers) == ("loading", True)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while server.http.get("/health").json()["loading"] != "toy phase":
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -82,11 +80,11 @@ def test_a_signal_drains_and_exits_0(start: Any) -> None:
     assert [server.http.get(p).status_code for p in ("/livez", "/startupz", "/readyz")] == [200] * 3
     stream = Stream(server)
     server.signal(signal.SIGTERM)
-    deadline = time.monotonic() + 2
-    while (answer := server.http.get("/readyz")).status_code == 200:
-        assert time.monotonic() < deadline
-    assert answer.json()["phase"] == "draining"
-    assert server.http.get("/livez").status_code == 200
+    server.wait_for_phase("draining")
+    answer = server.http.get("/readyz")
+    assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
+    live = server.http.get("/livez")
+    assert (live.status_code, live.headers["connection"]) == (200, "close")
     refused = server.http.post("/v1/completions", json={"prompt": "hi"})
     assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
     stream.join()
@@ -104,29 +102,38 @@ def test_the_drain_ends_after_its_time(start: Any) -> None:
     assert stream.text.endswith("[DONE]\n\n")
 
 
-def test_a_second_signal_stops_at_once(start: Any) -> None:
-    server = start().until_ready()
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),
+    ],
+)
+def test_a_second_signal_stops_at_once(first: int, second: int, start: Any) -> None:
+    server = start(shutdown_timeout=3600).until_ready()
     stream = Stream(server, max_tokens=2000)
-    server.signal()
-    time.sleep(0.2)
-    server.signal()
-    begin = time.monotonic()
-    assert server.exit_status() == 130
-    assert time.monotonic() - begin < 3
+    server.signal(first)
+    server.wait_for_phase("draining")
+    server.signal(second)
+    assert server.exit_status() == 128 + second
     stream.join()
+    assert '"finish_reason":"length"' not in stream.text  # it would take 40 s
 
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_reader_that_stalls_is_cut_without_a_traceback(signals: int, start: Any) -> None:
-    server = start(shutdown_timeout=0.2).until_ready()
+    server = start(shutdown_timeout=0.2 if signals == 1 else 3600).until_ready()
     body = {"prompt": "x" * 40, "max_tokens": 2000, "logprobs": 20, "stream": True, "n": 8}
     with post(server, "/v1/completions", body):  # megabytes, and nobody reads them
         while server.metric("request_success_total", finished_reason="length") < 8:
+            assert server.process.poll() is None, server.output
             time.sleep(0.02)
-        for _ in range(signals):
+        server.signal(signal.SIGTERM)
+        if signals == 2:
+            server.wait_for_phase("draining")
             server.signal(signal.SIGTERM)
-            time.sleep(0.1)
-        assert server.exit_status() == (130 if signals == 2 else 0)
+        assert server.exit_status() == (143 if signals == 2 else 0)
     assert "Traceback" not in server.output and "Cancel" not in server.output
 
 
@@ -256,30 +263,3 @@ def test_the_terminal_shows_phases_and_last_a_line_to_try(start: Any) -> None:
     shown = lines[-1].strip()
     answer = subprocess.run(shown, shell=True, capture_output=True, text=True)
     assert "chat.completion.chunk" in answer.stdout
-
-
-def test_an_address_for_others_needs_a_key() -> None:
-    for host in ("0.0.0.0", "::", "192.168.1.5", "example.com"):
-        with pytest.raises(StartupError, match="--api-key"):
-            check_binding(ServerConfig(host=host), None)
-        check_binding(ServerConfig(host=host), "key")
-    for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):
-        assert is_loopback(host)
-        check_binding(ServerConfig(host=host), None)
-
-
-def test_with_a_key_every_route_but_the_probes_needs_it(start: Any) -> None:
-    server = start(api_key="sécret", access_log=True).until_ready()
-    paths = ["/v1/models", "/metrics", "/version", "/v1/completions", "/nothing", "/docs"]
-    for given in (None, "Bearer wrong", "Bearer", "sécret", "Basic sécret", "Bearer sécret2"):
-        headers = [] if given is None else [("Authorization", given.encode())]
-        for path in paths:
-            answer = server.http.get(path, headers=headers)
-            assert answer.status_code == 401
-            assert answer.json()["error"]["code"] == "invalid_api_key"
-            assert answer.headers["www-authenticate"] == "Bearer"
-    for path in ("/health", "/livez", "/readyz", "/startupz"):
-        assert server.http.get(path).status_code == 200
-    right = [("Authorization", "bearer sécret".encode())]
-    assert server.http.get("/v1/models", headers=right).status_code == 200
-    assert "sécret" not in server.output

@@ -33,6 +33,15 @@ def advised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
+def stopping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model that is to stop at a text, and not before some tokens."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("stopping"), byte_level())
+    write(directory, {"generation_config.json": {"stop_strings": ["llo"], "min_new_tokens": 8}})
+    with Server(tmp_path_factory.mktemp("log") / "log", model=str(directory)) as server:
+        yield server.until_ready()
+
+
+@pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A model with a sentencepiece tokenizer and no chat template."""
     model = sentencepiece_model("bpe, bytes, as it stands")
@@ -68,6 +77,22 @@ def test_the_models_defaults_are_shown(advised: Server) -> None:
     assert f"sampling defaults: temperature 0.5, top_k 8, max_tokens 5 ({source})" in lines
     assert f"not applied from {source}: num_beams 3" in lines
     assert "config.json overridden: max_position_embeddings 99 (not in config.json)" in lines
+
+
+def test_the_models_stop_strings_hold_unless_a_request_has_its_own(stopping: Server) -> None:
+    chat = {"messages": HELLO, "ignore_eos": True}
+    answer = stopping.http.post("/v1/chat/completions", json=chat).json()
+    for whole in (complete(stopping), answer):
+        (choice,) = whole["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "llo")
+        assert whole["usage"]["completion_tokens"] > 8
+    (at_once,) = complete(stopping, min_tokens=0)["choices"]
+    assert at_once["stop_reason"] == "llo" and at_once["text"].endswith("he")
+    assert num_tokens(stopping, min_tokens=0) <= 8
+    assert num_tokens(stopping, stop=[]) == 16
+    assert complete(stopping, stop="e")["choices"][0]["stop_reason"] == "e"
+    assert num_tokens(stopping, max_tokens=3) == 3  # a default gives way to what was asked for
+    assert num_tokens(stopping, max_tokens=0, echo=True) == 0
 
 
 def test_the_models_number_of_tokens_holds_where_a_request_leaves_it_out(advised: Server) -> None:

@@ -102,18 +102,17 @@ def test_old_gpus_are_refused() -> None:
 @pytest.mark.parametrize("rows", ([(150, 1)], [(1, 1), (37, 1), (100, 1), (16, 1), (9, 4)]))
 def test_any_number_of_bins_gives_the_same(bins: int, rows: list[tuple[int, int]]) -> None:
     case = paged(PLAIN, rows)
-    shape = shape_of(PLAIN, case.kv)
+    shape = shape_of(PLAIN, case.kv.shape[2], case.kv.dtype)
     tuning = paged_decode.Tuning(16, bins, 1, 4, 2)
-    plan = paged_decode.plan_decode(shape, tuning, case.seq_lens, case.query_start_loc)
+    plan = paged_decode.plan_decode(
+        shape, tuning, case.block_tables, case.seq_lens, case.query_start_loc
+    )
     out = torch.full((case.q.shape[0], 6, 8), torch.nan)
     for _ in range(2):
         paged_decode.paged_decode(
             case.q,
             case.kv,
             out,
-            case.block_tables,
-            case.seq_lens,
-            case.query_start_loc,
             plan,
             scale=PLAIN.scale,
         )
@@ -129,7 +128,8 @@ def test_bins_are_equal_shares_of_all_tiles(window: int) -> None:
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)])
     shape = paged_decode.Shape(1, 1, 16, window=window)
     tuning = paged_decode.Tuning(tile, bins, 1, 4, 2)
-    plan = paged_decode.plan_decode(shape, tuning, torch.tensor(lens), starts)
+    tables = torch.zeros((len(lens), 6), dtype=torch.int32)
+    plan = paged_decode.plan_decode(shape, tuning, tables, torch.tensor(lens), starts)
     first = [max(0, n - window) if window else 0 for n in lens]
     tiles = [
         max(1, -(-n // tile) - low // tile) if c == 1 else 0
@@ -137,25 +137,57 @@ def test_bins_are_equal_shares_of_all_tiles(window: int) -> None:
     ]
     before = [sum(tiles[:row]) for row in range(len(tiles) + 1)]
     size = -(-before[-1] // bins)
-    assert plan.starts.tolist() == before
+    assert plan.starts[:-1].tolist() == before
     for at, record in enumerate(plan.bins.tolist()):
-        row = sum(end <= at * size for end in before[1:])
-        stop = min((at + 1) * size, before[-1])
-        if at * size < before[-1]:
-            own = before[row], before[row + 1], lens[row], int(starts[row])
-            assert record == [row, stop, *own, at * size, size]
-        else:
-            assert record[6] >= record[1], "nothing to do"
+        begin, stop = at * size, min((at + 1) * size, before[-1])
+        assert record[:3] == [begin, stop, size]
+        if begin < stop:
+            for tile_, found in ((begin, record[3:6]), (stop - 1, record[6:9])):
+                row = sum(end <= tile_ for end in before[1:])
+                assert found == [row, before[row], before[row + 1]]
+
+
+@pytest.mark.parametrize("page", (5, 8, 16, 48))
+@pytest.mark.parametrize("sight", ({}, {"window": 20}, {"chunk": 24}), ids=str)
+def test_every_tile_says_where_its_keys_lie(page: int, sight: dict[str, int]) -> None:
+    lens, counts, tile = [5, 64, 33, 1, 90, 12, 0], [1, 1, 1, 1, 1, 3, 1], 16
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)])
+    shape = paged_decode.Shape(1, 1, 16, page=page, **sight)
+    tables = torch.randperm(1000)[: len(lens) * 20].reshape(len(lens), 20).int()
+    tuning = paged_decode.Tuning(tile, 4, 1, 4, 2)
+    plan = paged_decode.plan_decode(shape, tuning, tables, torch.tensor(lens), starts)
+    piece = paged_decode.piece_size(shape, tile)
+    rows = [row for row, count in enumerate(counts) if count == 1]
+    for row in rows:
+        length = lens[row]
+        first = max(0, length - sight["window"]) if "window" in sight else 0
+        if "chunk" in sight and length:
+            first = max(first, (length - 1) // sight["chunk"] * sight["chunk"])
+        begin, stop = plan.starts[row : row + 2].tolist()
+        marks = plan.marks[begin:stop].tolist()
+        assert [mark // 2 for mark, _ in marks] == [int(starts[row])] * (stop - begin)
+        assert [mark % 2 for mark, _ in marks] == [0] * (stop - begin - 1) + [1]
+        seen = []
+        for number, pieces in enumerate(plan.pieces[begin:stop].tolist()):
+            position = (first // tile + number) * tile
+            assert marks[number][1] == length - 1 - position
+            for each in pieces:
+                place, low, high = each >> 16, each >> 8 & 255, each & 255
+                for inner in range(low, high):
+                    at = position + inner
+                    assert place + inner == int(tables[row, at // page]) * page + at % page
+                    seen.append(at)
+                position += piece
+        assert seen == list(range(first, length))
 
 
 @pytest.mark.parametrize("parts", (1, 3))
 def test_no_row_is_merged_of_more_parts_than_allowed(parts: int) -> None:
     lens = torch.tensor([500, 20])
     tuning = paged_decode.Tuning(16, 12, 1, 4, 2, max_parts=parts)
-    starts = torch.tensor([0, 1, 2])
-    plan = paged_decode.plan_decode(paged_decode.Shape(1, 1, 16), tuning, lens, starts)
-    size = plan.bins[0, 7]
-    assert size * parts >= -(-500 // 16)
+    tables, starts = torch.zeros((2, 32), dtype=torch.int32), torch.tensor([0, 1, 2])
+    plan = paged_decode.plan_decode(paged_decode.Shape(1, 1, 16), tuning, tables, lens, starts)
+    assert plan.bins[0, 2] * parts >= -(-500 // 16)
 
 
 @pytest.mark.parametrize("window", (0, 10))

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def kernels() -> cpu.Kernels:
     try:
-        extension.find_compiler()
+        extension.find_compiler(extension.CPU)
     except extension.Unavailable as reason:
         pytest.skip(str(reason))
     found = cpu.load()
@@ -348,7 +349,7 @@ def test_wrong_inputs_are_refused_before_they_reach_a_pointer(kernels: cpu.Kerne
 def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A library of one function instead of ours, and a fresh cache directory."""
     try:
-        extension.find_compiler()
+        extension.find_compiler(extension.CPU)
     except extension.Unavailable as reason:
         pytest.skip(str(reason))
     source = tmp_path / "csrc" / "answer_cpu.cpp"
@@ -380,11 +381,12 @@ def test_a_library_is_compiled_once(small_source: Path, monkeypatch: pytest.Monk
 def test_without_a_compiler_there_is_one_line_and_no_library(
     small_source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(extension, "COMPILERS", ("no-such-compiler",))
+    without = replace(extension.CPU, compilers=("no-such-compiler",))
+    monkeypatch.setattr(extension, "CPU", without)
     with caplog.at_level(logging.WARNING):
         assert fresh_load() is None
     (record,) = caplog.records
-    assert "no C++ compiler on the path (no-such-compiler)" in record.getMessage()
+    assert "no compiler for C++ kernels on the path (no-such-compiler)" in record.getMessage()
 
 
 def test_a_failing_compiler_leaves_one_line_and_no_file(

@@ -87,3 +87,16 @@ def test_logits_equal_those_of_transformers(case: str, tmp_path: Path) -> None:
         ):
             assert got.dtype == torch.float32
             assert (got - want).abs().max() / want.abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family, kept", [("llama", [0]), ("mixtral", [0]), ("gemma2", [0, 1])])
+def test_an_excerpt_has_every_kind_of_layer_once(
+    family: str, kept: list[int], tmp_path: Path
+) -> None:
+    directory = tiny_checkpoint(family, tmp_path, num_hidden_layers=4)
+    decoder = load_model(directory, device=pick("cpu")).decoder
+    excerpt = decoder.excerpt()
+    assert len(decoder.blocks) == 4
+    places = [id(block) for block in decoder.blocks]
+    assert [places.index(id(block)) for block in excerpt.blocks] == kept
+    assert excerpt.embedding is decoder.embedding and excerpt.head is decoder.head

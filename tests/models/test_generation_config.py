@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pagedserve.device import pick
-from pagedserve.errors import StartupError
+from pagedserve.errors import RequestError, StartupError
 from pagedserve.models.generation_config import GenerationConfig, read
 from pagedserve.models.loading import load_model
 from pagedserve.request import SamplingParams
@@ -71,6 +71,27 @@ def test_defaults_are_read_by_our_names(tmp_path: Path) -> None:
     assert read(write(tmp_path, {"top_k": None}), {}).sampling_params() == SamplingParams()
 
 
+def test_stop_strings_and_the_least_of_tokens_are_defaults_too(tmp_path: Path) -> None:
+    found = read(write(tmp_path, {"stop_strings": "</s>", "min_new_tokens": 40}), {})
+    assert found.defaults == {"min_tokens": 40, "stop": ["</s>"]}
+    assert found.not_applied == {} and found.min_tokens == 40
+    assert found.sampling_params(max_tokens=50).min_tokens == 40
+    assert found.sampling_params(max_tokens=30).min_tokens == 30  # a default gives way
+    assert found.sampling_params(max_tokens=None).min_tokens == 40
+    assert found.sampling_params().min_tokens == found.sampling_params().max_tokens == 16
+    assert found.sampling_params(min_tokens=3, max_tokens=9, stop=[]) == SamplingParams(
+        min_tokens=3, max_tokens=9
+    )
+    with pytest.raises(RequestError, match="min_tokens is 9, above max_tokens"):
+        found.sampling_params(min_tokens=9, max_tokens=8)
+    textless = found.without_text()
+    assert textless.defaults == {"min_tokens": 40}
+    assert textless.not_applied == {"stop_strings": ["</s>"]}
+    neutral = read(write(tmp_path, {"stop_strings": [], "min_new_tokens": 0}), {})
+    assert (neutral.defaults, neutral.not_applied) == ({}, {})
+    assert neutral.without_text() is neutral
+
+
 def test_without_sampling_the_likeliest_token_is_the_default(tmp_path: Path) -> None:
     values = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.2}
     found = read(write(tmp_path, values), {})
@@ -79,13 +100,13 @@ def test_without_sampling_the_likeliest_token_is_the_default(tmp_path: Path) -> 
 
 
 def test_what_is_not_applied_is_shown(tmp_path: Path) -> None:
-    values = {"num_beams": 4, "stop_strings": ["x"], "max_length": 4096, "chat_format": "chatml",
+    values = {"num_beams": 4, "bad_words_ids": [[5]], "max_length": 4096, "chat_format": "chatml",
               "no_repeat_ngram_size": 0, "typical_p": 1.0, "temperature": 0.5}  # fmt: skip
     found = read(write(tmp_path, values), {})
-    assert found.not_applied.keys() == {"num_beams", "stop_strings", "max_length", "chat_format"}
+    assert found.not_applied.keys() == {"num_beams", "bad_words_ids", "max_length", "chat_format"}
     assert found.lines() == [
         "sampling defaults: temperature 0.5 (generation_config.json)",
-        'not applied from generation_config.json: num_beams 4, stop_strings ["x"], '
+        "not applied from generation_config.json: num_beams 4, bad_words_ids [[5]], "
         'max_length 4096, chat_format "chatml"',
     ]
     assert read(tmp_path, {}, source="none").lines() == []
@@ -108,6 +129,10 @@ def test_another_directory_and_overrides(tmp_path: Path) -> None:
         ({"temperature": -1}, "temperature must be between 0.0 and 100.0"),
         ({"top_k": "many"}, "top_k must be an integer"),
         ({"max_new_tokens": 0}, "max_tokens must be between 1"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_tokens is 9, above max_tokens"),
+        ({"min_new_tokens": -1}, "min_tokens must be between 0"),
+        ({"stop_strings": [""]}, "each stop must be a string of 1 to"),
+        ({"stop_strings": 5}, "stop must be a list"),
     ],
 )
 def test_a_value_that_no_request_could_have_names_the_file(

@@ -430,12 +430,19 @@ def test_a_model_without_weights_is_said(server: FakeHub) -> None:
 
 def test_progress_tells_files_bytes_and_the_time_left(server: FakeHub) -> None:
     told: list[tuple[str, str]] = []
-    hub.resolve(NAME, on_progress=lambda phase, detail: told.append((phase, detail)))
+    counted: list[tuple[int, ...]] = []
+
+    def tell(phase: str, detail: str, *counts: int) -> None:
+        told.append((phase, detail))
+        counted.append(counts)
+
+    hub.resolve(NAME, on_progress=tell)
+    assert counted[-1][0] == counted[-1][1] and 370_150 < counted[-1][0] < 370_250
     assert {phase for phase, _ in told} == {f"downloading {NAME}"}
     assert told[-1][1].startswith("8/8 files, 370.2 of 370.2 kB (100 %)")
 
     now = [100.0]
-    progress = Progress(lambda text: told.append(("", text)), lambda: now[0])
+    progress = Progress(lambda text, *_: told.append(("", text)), lambda: now[0])
     progress.expect(3, 16_000_000_000)
     progress.found(1_000_000_000)
     for _ in range(30):
@@ -450,6 +457,10 @@ def test_progress_tells_files_bytes_and_the_time_left(server: FakeHub) -> None:
         "0/3 files, 4.0 of 16.0 GB (25 %), 100 MB/s, 2:00 left",
         "1/3 files, 4.0 of 16.0 GB (25 %), 93.8 MB/s, 2:08 left",
     ]
+    progress.waits(1)  # what is told changes, so the start does not look as if it hung
+    now[0] += 75.0
+    progress.report()
+    assert told[-1][1].endswith(", waiting 1:15 for another process that fetches the same")
 
 
 def test_the_api_process_can_import_it_without_torch() -> None:

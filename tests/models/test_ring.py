@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pagedserve.device import pick
+from pagedserve.device import Cpu, pick
 from pagedserve.errors import StartupError
+from pagedserve.kernels.matrix import Matrix, PlainMatrix
 from pagedserve.models import loading, ring
 from pagedserve.models.ring import Ring, pieces
 from pagedserve.models.shards import Stored, stored_tensors
@@ -256,6 +257,59 @@ def test_a_model_through_the_ring_is_the_same_to_the_bit(
     assert len(plain) == len(ringed) > 5 and len(device.queue) > 10
     for one, other in zip(plain, ringed, strict=True):
         assert torch.equal(one, other)
+
+
+class Unread(Cpu):
+    """Keeps weights as they are, and looks at none."""
+
+    takes_unread = True
+
+    def matrix(self, weight: Tensor) -> Matrix:
+        return PlainMatrix(weight)
+
+
+@pytest.mark.parametrize("family", ("llama", "mixtral"))
+def test_weights_that_nobody_looks_at_are_whole_once_the_model_is(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fine_pieces: None
+) -> None:
+    """Of a device that copies nothing before it must, while norms go past the matrices."""
+    directory, place = tiny_checkpoint(family, tmp_path), Unread()
+    plain = tensors_in(loading.load_model(directory, device=place).decoder)
+    device = LateDevice()
+    monkeypatch.setattr(loading, "Files", lambda: Ring(device, buffers=7, buffer_bytes=2000))
+    ringed = tensors_in(loading.load_model(directory, device=place).decoder)
+    assert device.passed == len(device.queue) > 50
+    for one, other in zip(plain, ringed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_wanted_now_goes_past_what_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fine_pieces: None
+) -> None:
+    """Reading of the large tensor is held up until the small ones are there."""
+    tensors = {"large": torch.randn(4000), "small": torch.randn(40), "odd": torch.randn(500)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored, go_on = stored_tensors(tmp_path), threading.Event()
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], position: int) -> int:
+        begin = stored["large"].start
+        if begin <= position < begin + stored["large"].num_bytes:
+            assert go_on.wait(20)
+        return real(fd, buffers, position)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    into = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+    reading = Ring(PromptDevice(), threads=3, buffers=8, buffer_bytes=8000)
+    reading.read(stored["large"], into["large"], later=True)
+    for name in ("small", "odd"):
+        reading.read(stored[name], into[name])
+        assert torch.equal(into[name], tensors[name])
+    assert into["large"].isnan().all()
+    go_on.set()
+    reading.settle()
+    assert torch.equal(into["large"], tensors["large"])
+    reading.close()
 
 
 def tensors_in(found: Any, seen: set[int] | None = None) -> list[Tensor]:

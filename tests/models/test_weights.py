@@ -168,6 +168,21 @@ def test_a_directory_without_weights_says_what_could_be_done(llama: Path) -> Non
         load(llama)
 
 
+def test_bytes_are_told_up_to_the_last(llama: Path) -> None:
+    counts: list[tuple[int, int]] = []
+    load(llama, on_bytes=lambda done, total: counts.append((done, total)))
+    (total,) = {total for _, total in counts}
+    assert counts == sorted(counts) and counts[-1][0] == total
+    assert 10 < len(counts) <= 100
+    assert total == (llama / "model.safetensors").stat().st_size - header_bytes(llama)
+
+
+def header_bytes(directory: Path) -> int:
+    """What stands before the tensors of its one file."""
+    with (directory / "model.safetensors").open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def test_progress_is_told_by_tenths(llama: Path) -> None:
     told: list[str] = []
     load(llama, on_progress=told.append)

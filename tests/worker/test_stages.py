@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +14,9 @@ import torch
 pytest.importorskip("triton")
 
 from pagedserve.kernels.sample_gpu import Needs  # noqa: E402
-from pagedserve.worker.stages import Made, Size, Sizes, Stage, Stages  # noqa: E402
+from pagedserve.worker import stages  # noqa: E402
+from pagedserve.worker.sizes import Size, Sizes  # noqa: E402
+from pagedserve.worker.stages import Made, Stage, Stages  # noqa: E402
 
 NEEDS = Needs(drawn=False, filtered=False, processed=False)
 SMALL, LARGE = Size(1, 1, mixed=False), Size(2, 16, mixed=True)
@@ -132,3 +136,78 @@ def test_there_are_only_so_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (LARGE, LARGE, LARGE, SMALL):
         stages.run(size, NEEDS)
     assert stages.done == [*[("compute", LARGE)] * 3, ("replay", SMALL)]
+
+
+def rehearsing(
+    monkeypatch: pytest.MonkeyPatch, *, capturable: bool = True, error: Exception | None = None
+) -> tuple[Stages, list[Any]]:
+    """Stages over nothing, and what they are asked to do, in a capture that records nothing."""
+    asked: list[Any] = []
+
+    def sample(logits: Any, slots: Any, places: Any, needs: Needs) -> None:
+        assert (logits, slots, places) == ("logits", "slots", "places")
+        asked.append(needs)
+
+    @contextmanager
+    def graph(graph: Any, capture_error_mode: str) -> Iterator[None]:
+        torch.cuda.set_stream(cast(Any, "of the capture"))
+        yield
+        torch.cuda.set_stream(cast(Any, "of the steps"))
+
+    def compute(stages: Stages, size: Size, needs: Needs) -> Any:
+        if error is not None:
+            raise error
+        asked.append((stages.decoder, size, needs))
+        return SimpleNamespace(logits="logits", hidden="hidden")
+
+    monkeypatch.setattr(stages, "rehearsal", nullcontext)
+    monkeypatch.setattr(Stages, "compute", compute)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "a graph")
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
+    inputs = SimpleNamespace(cut=lambda *size: SimpleNamespace(slots="slots", places="places"))
+    return Stages(
+        cast(Any, SimpleNamespace(inputs=inputs)),
+        cast(Any, SimpleNamespace(capturable=capturable, excerpt=lambda: "excerpt")),
+        cast(Any, "backend"),
+        cast(Any, SimpleNamespace(sample=sample)),
+        Sizes(2, 16),
+        eager=False,
+    ), asked
+
+
+def test_a_rehearsal_goes_through_every_size_once_and_the_sampler_for_every_need(
+    monkeypatch: pytest.MonkeyPatch, streams: list[Any]
+) -> None:
+    found, asked = rehearsing(monkeypatch)
+    drawn, both = Needs(True, False, False), Needs(True, True, True)
+    found.rehearse([SMALL, LARGE], [NEEDS, drawn, both])
+    assert asked == [("excerpt", SMALL, NEEDS), ("excerpt", LARGE, NEEDS), drawn, both]
+    assert found.known == {} and found.num_graphs == 0 and streams[-1] == "of the steps"
+
+
+def test_a_rehearsal_that_fails_is_only_said(
+    monkeypatch: pytest.MonkeyPatch, streams: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    found, asked = rehearsing(monkeypatch, error=RuntimeError("no such thing in a capture"))
+    found.rehearse([SMALL, LARGE], [NEEDS])
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "no such thing in a capture" in record.message
+    assert asked == [] and streams[-1] == "of the steps"
+    found, asked = rehearsing(monkeypatch, capturable=False)
+    found.rehearse([SMALL], [NEEDS])
+    assert asked == []
+
+
+def test_sizes_to_rehearse_begin_at_the_smallest_end_at_the_largest_and_double() -> None:
+    for max_rows, max_tokens in ((1, 1), (2, 16), (7, 100), (256, 8192), (300, 5000)):
+        sizes = Sizes(max_rows, max_tokens)
+        found = sizes.sample()
+        plain = [size.rows for size in found if not size.mixed]
+        mixed = [size.tokens for size in found if size.mixed]
+        for numbers, known in ((plain, sizes.one_token), (mixed, sizes.tokens)):
+            assert numbers[0] == known[0] and numbers[-1] == known[-1]
+            assert set(numbers) <= set(known) and numbers == sorted(numbers)
+            left_out = [n for n in known if n not in numbers]
+            assert all(any(m <= n < 2 * m for m in numbers) for n in left_out)
+        assert all(sizes.of(size.rows, size.tokens) == size for size in found)

@@ -227,7 +227,7 @@ def share_of(chip: Chip, floor: float, seconds: float, of: str) -> dict[str, Any
     }
 
 
-def tell(phase: str, detail: str) -> None:
+def tell(phase: str, detail: str, done: int = 0, total: int = 0) -> None:
     """A line on standard error."""
     print(f"{phase} {detail}".rstrip(), file=sys.stderr)
 

@@ -20,6 +20,7 @@ from pagedserve.commands.bench.figures import LATENCIES, Outcome, show, summary
 from pagedserve.commands.bench.work import Ask, arrivals, asks_of, counts_tokens, facts_of
 from pagedserve.config import ModelConfig, api_key_from_environment
 from pagedserve.errors import PagedServeError
+from pagedserve.models.telling import tell_nobody
 
 USUAL_VOCAB_SIZE = 1000  # every vocabulary has these ids
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -59,7 +60,7 @@ def work_of(options: dict[str, Any], count: int, seed: int) -> list[Ask]:
         from pagedserve.api import checkpoint
 
         source = ModelConfig(model=options["tokenizer"], load_format="dummy")  # without weights
-        tokenizer = checkpoint.load(source, lambda phase, detail: None).tokenizer
+        tokenizer = checkpoint.load(source, tell_nobody).tokenizer
         assert tokenizer is not None, "only skip_tokenizer_init leaves it out"
         encode = tokenizer.encode
     return asks_of(options, count, seed, encode=encode)

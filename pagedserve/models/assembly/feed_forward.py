@@ -123,18 +123,19 @@ def experts_of_each(reader: Reader, spec: Moe, i: int, act: Activation) -> Exper
     biased = reader.at(e=0).has_bias("expert_up", i)
     up_bias = reader.empty(count, 2 * size) if biased else None
     down_bias = reader.empty(count, hidden) if biased else None
-    with reader.source.together():
-        for e in range(count):
-            one = reader.at(e=e)
-            places = (
-                ("expert_gate", up[e, :size], up_bias[e, :size] if up_bias is not None else None),
-                ("expert_up", up[e, size:], up_bias[e, size:] if up_bias is not None else None),
-                ("expert_down", down[e], down_bias[e] if down_bias is not None else None),
-            )
-            for role, into, bias in places:
-                one.read(role, into, i)
-                if bias is not None:
-                    one.read(role, bias, i, part="bias")
+    for e in range(count):
+        one = reader.at(e=e)
+        places = (
+            ("expert_gate", up[e, :size], up_bias[e, :size] if up_bias is not None else None),
+            ("expert_up", up[e, size:], up_bias[e, size:] if up_bias is not None else None),
+            ("expert_down", down[e], down_bias[e] if down_bias is not None else None),
+        )
+        for role, into, bias in places:
+            one.read(role, into, i, later=True)
+            if bias is not None:
+                one.read(role, bias, i, part="bias", later=True)
+    if not reader.device.takes_unread:
+        reader.source.settle()
     return ExpertWeights(up, down, up_bias, down_bias, act, spec.act, spec.limit)
 
 

@@ -89,10 +89,11 @@ class Reader:
         part: str = "weight",
         rows: Tensor | None = None,
         transposed: bool = False,
+        later: bool = False,
     ) -> None:
-        """Fill `into`."""
+        """Fill `into`; `later`: see `Source.read`."""
         name = self.whole_name(role, i, part)
-        self.source.read(name, into, transposed=transposed, rows=rows)
+        self.source.read(name, into, transposed=transposed, rows=rows, later=later)
 
     def norm(self, role: str, i: int | None = None, norm: Norm | None = None) -> Normalize | None:
         """The norm of a role over the hidden size, as the spec's; None where the role is absent."""
@@ -133,11 +134,11 @@ class Reader:
 
     def stacked(self, parts: Sequence[Rows], columns: int, i: int | None = None) -> Linear:
         """Parts of stored matrices, one below the other, with their biases."""
-        weight, bias = self.matrix(parts, columns, i)
+        weight, bias = self.matrix(parts, columns, i, later=self.device.takes_unread)
         return Linear.of(weight, bias, self.device)
 
     def matrix(
-        self, parts: Sequence[Rows], columns: int, i: int | None = None
+        self, parts: Sequence[Rows], columns: int, i: int | None = None, *, later: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The same as plain tensors: [rows, columns], and [rows] or None."""
         total = sum(part.count for part in parts)
@@ -145,12 +146,13 @@ class Reader:
         biased = {part.role for part in parts if self.has_bias(part.role, i)}
         bias = self.empty(total).zero_() if biased else None
         start = 0
-        with self.source.together():
-            for part in parts:
-                at = slice(start, start + part.count)
-                turned = self.spec.transposed
-                self.read(part.role, weight[at], i, rows=part.index, transposed=turned)
-                if bias is not None and part.role in biased:
-                    self.read(part.role, bias[at], i, part="bias", rows=part.index)
-                start += part.count
+        for part in parts:
+            at = slice(start, start + part.count)
+            turned, rows = self.spec.transposed, part.index
+            self.read(part.role, weight[at], i, rows=rows, transposed=turned, later=True)
+            if bias is not None and part.role in biased:
+                self.read(part.role, bias[at], i, part="bias", rows=rows, later=True)
+            start += part.count
+        if not later:
+            self.source.settle()
         return weight, bias

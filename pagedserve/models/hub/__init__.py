@@ -7,20 +7,19 @@ and the network only where the cache has no whole snapshot. `pull` always asks t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pagedserve.errors import StartupError
 from pagedserve.models.hub.filenames import INDEX, SINGLE, TOKENIZER, lacking, listing, matches
+from pagedserve.models.telling import Tell, tell_nobody
 
 if TYPE_CHECKING:
     from pagedserve.models.hub.download import Repo
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 BRANCH = "main"
-
-Tell = Callable[[str, str], None]  # a phase, and how far it is
 
 
 def resolve(
@@ -29,7 +28,7 @@ def resolve(
     *,
     offline: bool = False,
     weights: bool = True,
-    on_progress: Tell = lambda phase, detail: None,
+    on_progress: Tell = tell_nobody,
 ) -> Path:
     """The directory of `model`, downloaded first where needed and not `offline`.
 
@@ -59,7 +58,7 @@ def resolve_tokenizer(
     revision: str | None = None,
     *,
     offline: bool = False,
-    on_progress: Tell = lambda phase, detail: None,
+    on_progress: Tell = tell_nobody,
 ) -> Path:
     """The directory of a tokenizer: as `resolve`, but there need be neither config nor weights."""
     path = Path(name).expanduser()
@@ -82,7 +81,7 @@ def pull(
     revision: str | None = None,
     *,
     pickles: bool = False,
-    on_progress: Tell = lambda phase, detail: None,
+    on_progress: Tell = tell_nobody,
 ) -> Path:
     """Bring what the hub has of `model` now into the cache; its directory. Raises StartupError."""
     if Path(model).expanduser().exists():
@@ -146,8 +145,8 @@ def fetched(found: Repo, revision: str | None, on_progress: Tell, **options: boo
     from pagedserve.models.hub.download import download
     from pagedserve.models.hub.fetch import client_error
 
-    def tell(detail: str) -> None:
-        on_progress(f"downloading {found.name}", detail)
+    def tell(detail: str, done: int, total: int) -> None:
+        on_progress(f"downloading {found.name}", detail, done, total)
 
     try:
         return download(found, revision or BRANCH, tell=tell, **options)

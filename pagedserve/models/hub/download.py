@@ -80,7 +80,7 @@ def download(
     weights: bool = True,
     pickles: bool = False,
     config: bool = True,
-    tell: Callable[[str], None],
+    tell: Callable[[str, int, int], None],
 ) -> Path:
     """Fetch what `revision` has and the cache lacks; the snapshot's directory.
 
@@ -89,7 +89,7 @@ def download(
     Raises StartupError for what cannot be served, a full disk or damaged bytes, and the hub's own
     errors (`hub.explained`).
     """
-    tell("asking for its files")
+    tell("asking for its files", 0, 0)
     commit, remote = list_files(repo, revision)
     snapshot, progress = repo.snapshot(commit), Progress(tell)
     if config and "config.json" not in remote:

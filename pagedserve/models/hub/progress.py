@@ -14,13 +14,17 @@ WINDOW_SECONDS = 10.0  # over which the rate is taken
 class Progress:
     """Counts what arrives, in several threads, and tells it in the one that asks.
 
-    `bytes_done` counts what was there before as well; the rate counts what arrived.
+    `bytes_done` counts what was there before as well; the rate counts what arrived. `tell` gets the
+    words, the bytes done and all bytes.
     """
 
-    def __init__(self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, tell: Callable[[str, int, int], None], clock: Callable[[], float] = time.monotonic
+    ):
         self.files = self.files_done = 0
         self.num_bytes = self.bytes_done = 0
         self._waiting = 0  # for other processes
+        self._waits_since = 0.0
         self._tell = tell
         self._clock = clock
         self._told = float("-inf")
@@ -49,6 +53,8 @@ class Progress:
     def waits(self, change: int) -> None:
         """One file more (1) or less (-1) that another process is fetching."""
         with self._lock:
+            if not self._waiting:
+                self._waits_since = self._clock()
             self._waiting += change
 
     def finished(self) -> None:
@@ -67,7 +73,7 @@ class Progress:
             self._samples.popleft()
         self._text = self.text()
         if self._text != last:
-            self._tell(self._text)
+            self._tell(self._text, self.bytes_done, self.num_bytes)
 
     def rate(self) -> float:
         """Bytes a second, lately."""
@@ -83,7 +89,8 @@ class Progress:
         if left > 0 and rate > 0:
             text += f", {size(rate)}/s, {duration(left / rate)} left"
         if self._waiting:
-            text += ", waiting for another process that fetches the same"
+            waited = duration(self._clock() - self._waits_since)
+            text += f", waiting {waited} for another process that fetches the same"
         return text
 
 
