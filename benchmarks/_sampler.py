@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pagedserve.kernels import logprobs_gpu, sample, sample_gpu
 from pagedserve.kernels.sample_gpu import Needs, SamplerRows, SamplerScratch
+from pagedserve.worker.results import Results
 
 VOCAB = 151936
 ROWS = (1, 32, 256)
@@ -68,8 +69,10 @@ def run(*, quick: bool, sweep: bool) -> dict[str, Any]:
         kept = logprobs_gpu.LogprobScratch.on(seen.device, n, VOCAB)
         wanted = torch.full((n,), 20, dtype=torch.int32, device="cuda")
         chosen = torch.zeros(n, dtype=torch.int64, device="cuda")
+        layout = Results(n, scored=True)
+        out = layout.scores(torch.empty(layout.size, dtype=torch.int32, device="cuda"))
         time = microseconds(
-            [partial(logprobs_gpu.logprobs, x, chosen, wanted, 20, kept) for x in many]
+            [partial(logprobs_gpu.logprobs, x, chosen, wanted, out, kept) for x in many]
         )
         found[f"logprobs 20 {n}"] = {"us": round(time, 1)}
         show(f"logprobs, top 20           {n:4d} {time:.1f}")

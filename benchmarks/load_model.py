@@ -158,7 +158,7 @@ def through_library(directory: Path) -> float:
 
 def differing(directory: Path, spec: DecoderSpec, device: Device) -> list[str]:
     """Names of tensors that do not come as they are stored, cast, turned or picked."""
-    source = weights(directory, spec, "auto", 0, device, lambda detail: None)
+    source = weights(directory, spec, "auto", 0, device, lambda detail: None, None)
     found = []
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(str(path), "pt", device="cuda") as file:

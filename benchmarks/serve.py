@@ -32,7 +32,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import workload
 from _checkpoint import shape_directory, write_checkpoint
@@ -123,9 +123,25 @@ def at(url: str) -> Iterator[str]:
     yield url
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server that was started here."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+
 @contextlib.contextmanager
 def server(flags: str, shape: Path) -> Iterator[str]:
     """A server of `shape` with random weights, while the block runs."""
+    with started(flags, shape) as served:
+        yield served.url
+
+
+@contextlib.contextmanager
+def started(flags: str, shape: Path) -> Iterator[Served]:
+    """The same, for who wants more of it than its URL."""
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as log:
         directory, port = write_checkpoint(shape, Path(place)), free_port()
         command = [sys.executable, "-m", "pagedserve", "serve", str(directory)]
@@ -134,11 +150,11 @@ def server(flags: str, shape: Path) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             url = f"http://127.0.0.1:{port}"
-            started = watch(process, f"{url}/readyz", log, START_SECONDS, began)
-            if started.error:
-                raise PagedServeError(started.error)
-            print(f"ready after {started.ready_s:.1f} s", file=sys.stderr)
-            yield url
+            start = watch(process, url, log, START_SECONDS, began)
+            if start.error:
+                raise PagedServeError(start.error)
+            print(f"ready after {start.ready_s:.1f} s", file=sys.stderr)
+            yield Served(url, process, log)
         finally:
             stop(process)
 

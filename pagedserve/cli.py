@@ -32,6 +32,7 @@ OF_MODULES = {  # of `pagedserve.commands`, with what their commands are for
     "pull": "download a model of the Hugging Face hub",
     "convert": "turn pickled weights into safetensors",
     "bench": "measure the engine, a server or its start",
+    "plan": "say how a model's memory would be shared out",
     "models": "list the architectures that can be served",
     "tune": "find the fastest kernels for a model on this GPU",
     "build-kernels": "compile the C++ and CUDA kernels ahead",

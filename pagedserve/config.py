@@ -14,7 +14,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pagedserve.errors import StartupError
 from pagedserve.limits import Limits
 
 DEMO_MODEL = str(Path(__file__).parent / "demo")
+API_KEY_VARIABLE = "PAGEDSERVE_API_KEY"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -110,10 +111,16 @@ class SchedulerConfig:
     """How sequences share the device."""
 
     max_num_seqs: int | None = option(
-        None, "sequences computed at a time; 256 on a GPU, 64 on a CPU if left out", low=1
+        None,
+        "sequences computed at a time, on a GPU at most 4096; if left out 256 there, or as many as "
+        "memory allows, and 64 on a CPU",
+        low=1,
     )
     max_num_batched_tokens: int | None = option(
-        None, "tokens computed in one step; 8192 on a GPU, 512 on a CPU if left out", low=1
+        None,
+        "tokens computed in one step; if left out 8192 on a GPU, or as many as memory allows, and "
+        "512 on a CPU",
+        low=1,
     )
     enforce_eager: bool = option(False, "run every step op by op: no CUDA graphs, no overlap")
     async_scheduling: bool | None = option(
@@ -125,11 +132,42 @@ class SchedulerConfig:
 class ServerConfig:
     """The HTTP side."""
 
-    host: str = option("127.0.0.1", "address to listen on")
+    host: str = option(
+        "127.0.0.1", "address to listen on; one that others reach needs an API key, or --insecure"
+    )
     port: int = option(8000, "port to listen on; 0 picks a free one", low=0)
     api_key: str | None = option(None, "key that clients must send (or set PAGEDSERVE_API_KEY)")
     api_key_file: str | None = option(
-        None, "file of keys, a name:key a line, with shares and quotas; read again when it changes"
+        None,
+        "file of keys, a name:key a line, with scopes, shares and quotas; read again when it "
+        "changes, and on SIGHUP",
+    )
+    insecure: bool = option(
+        False, "listen on an address that others reach although no API key is set"
+    )
+    allowed_host: tuple[str, ...] = option(
+        (),
+        "name by which clients may call this server (their Host header), beside its own; give it "
+        "again for more; * is any",
+    )
+    allowed_origin: tuple[str, ...] = option(
+        (),
+        "origin of web pages that may use this server, such as https://app.example.com; give it "
+        "again for more; * is any; none if left out",
+    )
+    ssl_certfile: str | None = option(
+        None, "PEM file with the certificate, and those between it and its root: serve HTTPS"
+    )
+    ssl_keyfile: str | None = option(
+        None, "PEM file with the certificate's key; --ssl-certfile holds it if left out"
+    )
+    ssl_ca_certs: str | None = option(
+        None, "PEM file with the roots of client certificates: clients must show one"
+    )
+    share_prefix_cache: bool = option(
+        False,
+        "let requests find the prompt beginnings of other API keys in the prefix cache: faster "
+        "where many send the same, and its speed tells them what others sent",
     )
     max_queued_requests: int | None = option(
         None,
@@ -163,6 +201,9 @@ class ServerConfig:
         30.0, "seconds that running requests get to finish after Ctrl-C or SIGTERM", low=0
     )
     access_log: bool = option(False, "log every HTTP request")
+    log_prompts: bool = option(
+        False, "log the prompts and parameters of every request; else no text of clients is logged"
+    )
     max_engine_restarts: int = option(
         5,
         "times in a row that a dead engine of a server is restarted, its requests going on, with "
@@ -201,8 +242,8 @@ class Config:
             if name not in where:
                 raise StartupError(f"there is no option {name!r}", param=name)
             group = where[name]
-            is_object = plain_type(GROUPS[group], name) is dict
-            groups[group][name] = plain_object(name, value) if is_object else value
+            kind = plain_type(GROUPS[group], name)
+            groups[group][name] = PLAIN[kind](name, value) if kind in PLAIN else value
         built: dict[str, Any] = {name: GROUPS[name](**values) for name, values in groups.items()}
         config = cls(**built)
         config.check()
@@ -243,7 +284,7 @@ def each_option() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
 
 
 def plain_type(kind: type, name: str) -> type:
-    """The type of a field without its `| None`; `dict` for a JSON object."""
+    """The type of a field without its `| None`; `dict` for a JSON object, `tuple` for texts."""
     hint = typing.get_type_hints(kind)[name]
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
@@ -256,7 +297,7 @@ def plain_object(name: str, value: Any) -> dict[str, Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StartupError(f"{flag} is not valid JSON: {error}", param=name) from error
     if value is not None and not isinstance(value, dict):
         raise StartupError(
@@ -264,6 +305,17 @@ def plain_object(name: str, value: Any) -> dict[str, Any] | None:
             param=name,
         )
     return typing.cast("dict[str, Any] | None", value)
+
+
+def plain_texts(name: str, value: Any) -> tuple[str, ...]:
+    """The values of a flag that may be given again and again. Raises StartupError."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) for each in value):
+        raise StartupError(f"{name} must be a list of texts, got {value!r:.64}", param=name)
+    return tuple(value)
+
+
+# Types whose values cross as something else, or may be given as text, and what makes them again.
+PLAIN: dict[type, Callable[[str, Any], Any]] = {dict: plain_object, tuple: plain_texts}
 
 
 def check_value(option_: dataclasses.Field[Any], value: Any) -> None:
@@ -285,7 +337,7 @@ def add_flags(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] = tupl
         for option_ in dataclasses.fields(kind):
             flag = "--" + option_.name.replace("_", "-")
             text, choices = option_.metadata["help"], option_.metadata["choices"]
-            if option_.default not in (None, DEMO_MODEL):
+            if option_.default not in (None, DEMO_MODEL, ()):
                 text += f" (default: {option_.default})"
             value_type = plain_type(kind, option_.name)
             if value_type is bool:
@@ -294,7 +346,8 @@ def add_flags(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] = tupl
             else:
                 section.add_argument(
                     flag,
-                    type=str if value_type is dict else value_type,  # read by `from_options`
+                    action="append" if value_type is tuple else "store",
+                    type=str if value_type in PLAIN else value_type,  # read by `from_options`
                     choices=choices,
                     default=argparse.SUPPRESS,
                     help=text.replace("%", "%%"),
@@ -311,7 +364,12 @@ def metavar(name: str, kind: type, choices: tuple[str, ...] | None) -> str | Non
 
 def api_key_from_environment() -> str | None:
     """PAGEDSERVE_API_KEY, so that a key need not stand in the process list."""
-    return os.environ.get("PAGEDSERVE_API_KEY") or None
+    return os.environ.get(API_KEY_VARIABLE) or None
+
+
+def environment_without_keys() -> dict[str, str]:
+    """What a child process that has no need of our key may inherit."""
+    return {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
 
 
 def cache_directory() -> Path:
@@ -343,5 +401,5 @@ def cpu_kernels_wanted() -> bool:
 
 
 def cuda_kernels_wanted() -> bool:
-    """True where PAGEDSERVE_CUDA_KERNELS is "on": CUDA C++ instead of Triton for a few rows."""
+    """True where PAGEDSERVE_CUDA_KERNELS is "on": attention in CUDA C++ where it fits."""
     return os.environ.get("PAGEDSERVE_CUDA_KERNELS") == "on"

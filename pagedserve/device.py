@@ -78,6 +78,10 @@ class Device(Protocol):
         """Let others have the memory that is not used."""
         ...
 
+    def reserve(self, num_bytes: int) -> None:
+        """Hold so much for what is allocated later. Raises torch.OutOfMemoryError."""
+        ...
+
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         """The dtype that "auto" means for a checkpoint held in `checkpoint_dtype`."""
         ...
@@ -130,6 +134,9 @@ class Cpu:
 
     def give_back(self) -> None:
         pass  # free memory is nobody's here
+
+    def reserve(self, num_bytes: int) -> None:
+        pass
 
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         # bfloat16 matrix products are slower than these on most CPUs, and less exact.
@@ -189,6 +196,10 @@ class Cuda:
         gc.collect()  # a frame in a cycle may hold tensors
         torch.cuda.empty_cache()
 
+    def reserve(self, num_bytes: int) -> None:
+        # torch's allocator keeps what it once had, and cuts later tensors out of it.
+        torch.empty(num_bytes, dtype=torch.uint8, device=self.torch)
+
     def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
         return checkpoint_dtype
 
@@ -217,6 +228,51 @@ class Cuda:
         from pagedserve.kernels.gpu import GpuKernels
 
         return GpuKernels.on(self.torch, config.cache_directory())
+
+
+class Outline:
+    """A device with shapes and no numbers, as large as is said: what would lie there is counted."""
+
+    torch = torch.device("meta")
+    takes_unread = True
+
+    def __init__(self, memory: Memory, *, is_gpu: bool, name: str = "outline"):
+        self.name, self.is_gpu = name, is_gpu
+        self._memory = memory
+
+    def prepare(self) -> None:
+        pass
+
+    def take(self, num_bytes: int) -> None:
+        """So much is not free any more; less than nothing may be left."""
+        self._memory = Memory(self._memory.free - num_bytes, self._memory.total)
+
+    def memory(self) -> Memory:
+        return self._memory
+
+    def recover(self) -> None:
+        pass
+
+    def give_back(self) -> None:
+        pass
+
+    def reserve(self, num_bytes: int) -> None:
+        pass
+
+    def default_dtype(self, checkpoint_dtype: Dtype) -> Dtype:
+        return checkpoint_dtype if self.is_gpu else float32
+
+    def matrix(self, weight: Tensor) -> Matrix:
+        return PlainMatrix(weight)
+
+    def experts(self, weights: ExpertWeights) -> Experts:
+        return LoopedExperts.of(weights, self.matrix)
+
+    def ops(self, dtype: Dtype) -> Ops:
+        return reference
+
+    def head_ops(self, dtype: Dtype) -> HeadOps | None:
+        return None
 
 
 def pick(wanted: str = "auto") -> Device:

@@ -4,6 +4,7 @@
     ├── RequestError                400  the client's mistake: names parameter, limit, way out
     │   ├── ContextLengthExceeded   400
     │   ├── AuthenticationError     401
+    │   ├── ForbiddenError          403
     │   ├── NotFoundError           404
     │   └── BodyTooLarge            413
     ├── BusyError                   429  more than is allowed at a time; says when to come again
@@ -18,7 +19,11 @@ own is an `assert`, not a member of this tree.
 
 from __future__ import annotations
 
+import re
+
 MAX_MESSAGE_CHARS = 1024
+ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}\b")
+FOLDERS = re.compile(r"(?<![\w./:])(?:~|[A-Za-z]:)?[/\\](?:[\w.@+~-]+[/\\])+")
 
 
 class PagedServeError(Exception):
@@ -36,9 +41,10 @@ class PagedServeError(Exception):
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The OpenAI error object: `{"error": {"message", "type", "param", "code"}}`."""
+        # What the client did wrong is told in our words; what went wrong here may be in anybody's.
         return {
             "error": {
-                "message": self.message,
+                "message": self.message if self.status < 500 else without_places(self.message),
                 "type": self.type,
                 "param": self.param and self.param[:256],
                 "code": self.code,
@@ -65,6 +71,13 @@ class AuthenticationError(RequestError):
 
     status = 401
     code = "invalid_api_key"
+
+
+class ForbiddenError(RequestError):
+    """The key does not reach so far, or the request came from where none may come from."""
+
+    status = 403
+    code = "permission_denied"
 
 
 class NotFoundError(RequestError):
@@ -132,6 +145,14 @@ class StartupError(PagedServeError):
     """The server cannot start; the message says what was found and what to do."""
 
     code = "startup_failed"
+
+
+def without_places(text: str) -> str:
+    """`text` without memory addresses and the folders of paths, for who is not the operator.
+
+    The names of files stay: they say what is wrong and not where it is.
+    """
+    return FOLDERS.sub("…/", ADDRESS.sub("0x…", text))
 
 
 def shorten(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:

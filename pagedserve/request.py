@@ -129,7 +129,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     `seed` is always set: with the position it keys every random draw, so the same request gives the
     same tokens whatever shares its batch, and a replay continues the same text. `priority`: lower
     first. `arrival`, and the `deadline` of its start: `time.monotonic()` seconds of the machine.
-    `tenant` is whose it is, `weight` that tenant's share against the others'.
+    `tenant` is whose it is, `weight` that tenant's share against the others'. Prompt beginnings are
+    found in the prefix cache only where `cache_salt` is the same.
 
     A request that goes on after its engine died brings the tokens it has `written` already, which
     are part of its answer and not of its prompt, and the number of prompt log-probabilities that
@@ -147,6 +148,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     tenant: int = 0
     weight: float = 1.0
     deadline: float = math.inf
+    cache_salt: str = ""
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -37,7 +37,7 @@ FLOORS = (
     ("attention",),
     ("quant", "dist", "device", "text"),
     ("kernels",),
-    ("config", "limits", "request", "step", "spec", "errors", "version"),
+    ("config", "limits", "logs", "request", "step", "spec", "errors", "version"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NOUNS = FLOORS[-1]
@@ -58,6 +58,24 @@ SAY_NAMES = ("models/architectures/", "device.py", "config.py")
 # (file, identifier or string): why it is no branch on a model.
 NAME_EXCEPTIONS = {
     ("layers/rotary.py", "llama3"): "a `rope_type` of checkpoints, whatever their family",
+}
+
+
+# What runs whatever it is given, or makes objects of it.
+RUNS_DATA = (
+    *("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle", "yaml"),
+    *("code", "codeop", "runpy", "pty", "imp", "xmlrpc", "multiprocessing"),
+)
+RUNS_TEXT = ("eval", "exec", "__import__", "execfile")
+RUNS_SHELL = ("system", "popen", "popen2", "getoutput", "getstatusoutput", "spawnlp", "spawnvp")
+# (file, what): why it may.
+RUN_EXCEPTIONS = {
+    ("models/convert.py", "pickle"): "only for the name of an exception",
+    ("models/convert.py", "torch.load"): "`pagedserve convert`, by hand, with weights_only",
+    (
+        "models/custom.py",
+        "spec_from_file_location",
+    ): "--architecture-file: a file of the user's own",
 }
 
 
@@ -253,6 +271,54 @@ def every_module_says_what_it_is_for(house: House) -> list[str]:
     ]
 
 
+def nothing_runs_what_it_reads(house: House) -> list[str]:
+    """No byte of a client, a model or a message becomes code, or an object of a chosen class."""
+    return [
+        f"{module.path}:{line}: {what} may run what it is given"
+        for module in house.values()
+        for what, line in ways_to_run(module, house)
+        if (module.path, what) not in RUN_EXCEPTIONS
+    ]
+
+
+def ways_to_run(module: Module, house: House) -> Iterator[tuple[str, int]]:
+    """Imports, calls and flags by which data becomes code, with their lines."""
+    for target, line in imports(module, house):
+        if target.split(".")[0] in RUNS_DATA:
+            yield target.split(".")[0], line
+    for node in ast.walk(module.tree):
+        match node:
+            case ast.Name(id=name) if name in RUNS_TEXT:
+                yield name, node.lineno
+            case ast.Attribute(value=ast.Name(id="os" | "subprocess" as where), attr=name):
+                if name in RUNS_SHELL:
+                    yield f"{where}.{name}", node.lineno
+            case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
+                yield "torch.load", node.lineno
+            case ast.Attribute(attr="spec_from_file_location" | "SourceFileLoader" as name):
+                yield name, node.lineno
+            case ast.keyword(arg="shell" | "trust_remote_code" as name, value=value):
+                if not (isinstance(value, ast.Constant) and value.value is False):
+                    yield name, value.lineno
+            case ast.keyword(arg="allow_pickle" | "weights_only" as name, value=value):
+                safe = name == "weights_only"
+                if not (isinstance(value, ast.Constant) and value.value is safe):
+                    yield name, value.lineno
+            case ast.Name(id="Environment" | "SandboxedEnvironment" | "Template" as name):
+                yield f"jinja2.{name}", node.lineno
+
+
+def only_the_command_that_converts_reads_pickles(house: House) -> list[str]:
+    """What may open a pickle is out of reach of a server."""
+    return [
+        f"{module.path}:{line}: only commands/convert.py may import {target}"
+        for module in house.values()
+        if module.path != "commands/convert.py"
+        for target, line in own_imports(module, house)
+        if target == "pagedserve.models.convert"
+    ]
+
+
 def rooms_stay_small(house: House) -> list[str]:
     """A file past the limit is two files; kernels may be long."""
     sizes = {m.path: len(m.text.splitlines()) for m in house.values() if m.room != "kernels"}
@@ -269,6 +335,8 @@ LAWS: list[Law] = [
     names_stay_in_their_files,
     every_module_says_what_it_is_for,
     rooms_stay_small,
+    nothing_runs_what_it_reads,
+    only_the_command_that_converts_reads_pickles,
 ]
 
 
@@ -286,6 +354,11 @@ def test_the_house_keeps_its_laws(law: Law, house: House) -> None:
 def test_every_exception_is_needed(house: House) -> None:
     said = {(m.path, text) for m in house.values() for text, _ in spoken_names(m.tree)}
     assert NAME_EXCEPTIONS.keys() <= said
+
+
+def test_every_way_to_run_that_is_allowed_is_used(house: House) -> None:
+    used = {(m.path, what) for m in house.values() for what, _ in ways_to_run(m, house)}
+    assert RUN_EXCEPTIONS.keys() <= used
 
 
 def test_the_api_process_imports_no_torch(house: House) -> None:
@@ -458,6 +531,48 @@ def test_a_file_named_after_a_family_is_found(build: Build) -> None:
 )
 def test_prose_and_other_words_may_hold_a_name(code: str, build: Build) -> None:
     assert names_stay_in_their_files(build({"kernels/moe.py": code})) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import cloudpickle as c",
+        "import yaml",
+        "from multiprocessing.connection import Client",
+        "import importlib\nimportlib.import_module('dill')",
+        "x = eval(text)",
+        "f = exec",
+        "__import__(name)",
+        "import os\nos.system(text)",
+        "import subprocess\nsubprocess.getoutput(text)",
+        "import subprocess\nsubprocess.run(text, shell=True)",
+        "import subprocess\nsubprocess.run(text, shell=wanted)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=config.trust)",
+        "import torch\ntorch.load(path)",
+        "import numpy\nnumpy.load(path, allow_pickle=True)",
+        "load(path, weights_only=False)",
+        "import importlib.util\nimportlib.util.spec_from_file_location('x', path)",
+        "from jinja2 import Environment\nEnvironment()",
+    ],
+)
+def test_a_way_to_run_data_is_found(code: str, build: Build) -> None:
+    assert nothing_runs_what_it_reads(build({"worker/runner.py": code}))
+
+
+def test_other_uses_of_such_words_are_none(build: Build) -> None:
+    code = "import re\nre.compile('x')\nmodel.eval()\nrun(shell=False, trust_remote_code=False)\n"
+    code += "executor.exec_step(1)\ntorch.save(x)\nload_code(weights_only=True)\n"
+    assert nothing_runs_what_it_reads(build({"worker/runner.py": code})) == []
+
+
+def test_reading_pickles_elsewhere_is_found(build: Build) -> None:
+    line = "from pagedserve.models.convert import convert\n"
+    files = {"models/convert.py": "", "commands/convert.py": line, "llm.py": line}
+    (violation,) = only_the_command_that_converts_reads_pickles(build(files))
+    assert violation.startswith("llm.py:2")
 
 
 def test_a_module_without_a_docstring_is_found(build: Build, tmp_path: Path) -> None:

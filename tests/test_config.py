@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pagedserve.config import (
@@ -15,6 +16,7 @@ from pagedserve.config import (
     add_flags,
     api_key_from_environment,
     each_option,
+    environment_without_keys,
     triton_cache_directory,
 )
 from pagedserve.errors import StartupError
@@ -89,6 +91,26 @@ def test_objects_come_as_json_or_as_they_are() -> None:
                 parse(flag, given)
         with pytest.raises(StartupError, match=f"{flag} must be a JSON object"):
             Config.from_options({name: 5})
+
+
+def test_a_flag_that_may_be_given_again_gathers_its_values() -> None:
+    assert parse().server.allowed_host == ()
+    config = parse("--allowed-host", "a", "--allowed-origin", "https://a", "--allowed-host", "b")
+    assert config.server.allowed_host == ("a", "b")
+    assert config.server.allowed_origin == ("https://a",)
+    # The way to the engine makes lists of tuples.
+    crossed = msgspec.msgpack.decode(msgspec.msgpack.encode(config.to_builtins()))
+    assert Config.from_options(crossed) == config
+    for given in ("a", [1], {"a": 1}):
+        with pytest.raises(StartupError, match="allowed_host must be a list of texts"):
+            Config.from_options({"allowed_host": given})
+
+
+def test_children_inherit_all_but_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEDSERVE_API_KEY", "k")
+    monkeypatch.setenv("PAGEDSERVE_CACHE_DIR", "d")
+    found = environment_without_keys()
+    assert "k" not in found.values() and found["PAGEDSERVE_CACHE_DIR"] == "d"
 
 
 def test_groups_are_frozen() -> None:

@@ -64,10 +64,10 @@ class LiveSequence:
         reason, stop_token = (finish.reason, finish.stop_token) if finish else (None, None)
         try:
             delta = self.stream.push(token_id, logprobs, reason, stop_token)
-        except Exception as error:  # this request's trouble must not become the others'
+        except Exception:  # this request's trouble must not become the others'
             log.exception("request %d failed while its text was made", self.id)
             self._answer.client.abort([self.id])
-            self.failed(PagedServeError(f"the answer's text could not be made: {error}"))
+            self.failed(PagedServeError("the answer's text could not be made"))
             return
         self._measure()
         if delta.finish_reason is not None:

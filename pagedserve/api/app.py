@@ -1,7 +1,11 @@
 """The routes, and what every request passes through.
 
-RequestId ─▶ LastAnswer ─▶ RequireKey ─▶ BodyLimit ─▶ Door ─▶ route ─▶ handler(service, request)
-                                                  └─ an error of errors.py becomes its OpenAI object
+RequestId ─▶ LastAnswer ─▶ CheckOrigin ─▶ RequireKey ─▶ BodyLimit ─▶ Door ─▶ route
+                                                                               │
+             an error of errors.py becomes its OpenAI object ◀─ handler(service, request)
+
+The first two only add to the answer's head. The next two let nothing through that they do not know
+to be allowed, whatever its path; every route says here which scope of a key it wants.
 """
 
 from __future__ import annotations
@@ -16,14 +20,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from pagedserve.api import health, openai_models
+from pagedserve.api.admission import Scope
 from pagedserve.api.answer import ClientGone
-from pagedserve.api.auth import RequireKey
+from pagedserve.api.auth import RequireKey, check_scope
 from pagedserve.api.door import Door
-from pagedserve.api.keys import Keys
+from pagedserve.api.gate import Gate
 from pagedserve.api.limits import BodyLimit, LastAnswer, RequestId
 from pagedserve.api.openai_chat import create_chat_completion
 from pagedserve.api.openai_completions import create_completion
 from pagedserve.api.openai_shapes import error_response
+from pagedserve.api.origins import CheckOrigin
 from pagedserve.api.service import Service
 from pagedserve.errors import NotFoundError, PagedServeError, RequestError
 from pagedserve.version import __version__
@@ -34,28 +40,35 @@ METHODS = {"GET": ["GET", "HEAD"], "POST": ["POST"]}
 
 Handler = Callable[[Service, HttpRequest], Awaitable[Response]]
 
-ROUTES: list[tuple[str, str, Handler]] = [
-    ("POST", "/v1/completions", create_completion),
-    ("POST", "/v1/chat/completions", create_chat_completion),
-    ("GET", "/v1/models", openai_models.list_models),
-    ("GET", "/v1/models/{id:path}", openai_models.get_model),
-    ("GET", "/health", health.health),
-    ("GET", "/livez", health.livez),
-    ("GET", "/readyz", health.readyz),
-    ("GET", "/startupz", health.startupz),
-    ("GET", "/version", health.version),
-    ("GET", "/metrics", health.metrics),
+# A GET changes nothing; what changes the server, and not only computes an answer, wants ADMIN.
+# The scope None is for probes: they are open to whoever has no key, and then say the phase only.
+ROUTES: list[tuple[str, str, Scope | None, Handler]] = [
+    ("POST", "/v1/completions", Scope.USE, create_completion),
+    ("POST", "/v1/chat/completions", Scope.USE, create_chat_completion),
+    ("GET", "/v1/models", Scope.USE, openai_models.list_models),
+    ("GET", "/v1/models/{id:path}", Scope.USE, openai_models.get_model),
+    ("GET", "/health", None, health.health),
+    ("GET", "/livez", None, health.livez),
+    ("GET", "/readyz", None, health.readyz),
+    ("GET", "/startupz", None, health.startupz),
+    ("GET", "/version", Scope.USE, health.version),
+    ("GET", "/metrics", Scope.METRICS, health.metrics),
 ]
 
 
-def build_app(service: Service, keys: Keys) -> FastAPI:
-    """The application over `service`, for who has one of `keys`, or for anybody without keys."""
+def build_app(service: Service, gate: Gate) -> FastAPI:
+    """The application over `service`, for those whom `gate` lets through."""
     app = FastAPI(
-        title="pagedserve", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+        title="pagedserve",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # an answer to one path is none to another
     )
-    for method, path, handler in ROUTES:
+    for method, path, needs, handler in ROUTES:
         app.add_api_route(
-            path, bound(handler, service), methods=METHODS[method], response_model=None
+            path, bound(handler, service, needs), methods=METHODS[method], response_model=None
         )
     app.add_exception_handler(PagedServeError, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
@@ -64,19 +77,25 @@ def build_app(service: Service, keys: Keys) -> FastAPI:
     app.add_exception_handler(Exception, on_bug)
     # The last added is the first to see a request.
     app.add_middleware(Door, service=service)
-    app.add_middleware(BodyLimit, max_bytes=service.config.server.max_body_bytes)
-    service.admission.tenants = lambda: keys.tenants
-    if keys:
-        app.add_middleware(RequireKey, keys=keys)
+    max_bytes = service.config.server.max_body_bytes
+    app.add_middleware(BodyLimit, max_bytes=max_bytes, admission=service.admission)
+    service.admission.tenants = lambda: gate.keys.tenants
+    open_paths = frozenset(path for _, path, needs, _ in ROUTES if needs is None)
+    app.add_middleware(RequireKey, keys=gate.keys, anybody=gate.anybody, open_paths=open_paths)
+    methods = dict.fromkeys(name for method, *_ in ROUTES for name in METHODS[method])
+    app.add_middleware(CheckOrigin, callers=gate.callers, methods=methods)
     app.add_middleware(LastAnswer, ending=lambda: service.draining or service.failure.done())
     app.add_middleware(RequestId)
     return app
 
 
-def bound(handler: Handler, service: Service) -> Callable[[HttpRequest], Awaitable[Response]]:
-    """`handler` as FastAPI calls it."""
+def bound(
+    handler: Handler, service: Service, needs: Scope | None
+) -> Callable[[HttpRequest], Awaitable[Response]]:
+    """`handler` as FastAPI calls it, for who has a key with the scope that it `needs`."""
 
     async def endpoint(request: HttpRequest) -> Response:
+        check_scope(request, needs)
         return await handler(service, request)
 
     endpoint.__name__ = getattr(handler, "__name__", "endpoint")

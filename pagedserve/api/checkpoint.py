@@ -19,6 +19,7 @@ from pagedserve.errors import StartupError
 from pagedserve.models import config_json, generation_config
 from pagedserve.models.architectures import is_native
 from pagedserve.models.generation_config import GenerationConfig
+from pagedserve.models.readahead import read_ahead
 from pagedserve.models.telling import Tell
 from pagedserve.models.tokenizer_classes import tokenizer_classes
 from pagedserve.text.chat import ChatTemplate, load_text
@@ -69,6 +70,8 @@ def load(model: ModelConfig, on_progress: Tell) -> TextSide:
         weights=model.load_format != "dummy",
         on_progress=on_progress,
     )
+    if model.load_format != "dummy":
+        read_ahead(directory)
     overrides = model.hf_overrides or {}
     plain = config_json.read_json(directory / "config.json")
     generation = generation_config.read(

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pagedserve.api.admission import ANYBODY, Tenant, Visit
+from pagedserve.api.admission import Tenant, Visit
 from pagedserve.api.deadlines import HEADER, Deadlines
 from pagedserve.api.openai_shapes import error_response
 from pagedserve.api.service import Service
@@ -33,7 +33,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         admission = self._service.admission
-        tenant: Tenant = scope.get("tenant", ANYBODY)
+        tenant: Tenant = scope["tenant"]
         try:
             deadlines = Deadlines.of(
                 self._service.config.server, Headers(scope=scope).get(HEADER), time.monotonic()

@@ -9,7 +9,8 @@
     /health    as /readyz, with the figures
     /version, /metrics
 
-The answers follow the service's state and the engine's messages; no probe sends a request.
+The answers follow the service's state and the engine's messages; no probe sends a request. Where
+keys are needed, probes without one get the same status and the phase, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,23 +21,27 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from pagedserve.api.auth import is_known
 from pagedserve.api.openai_shapes import RETRY_AFTER_SECONDS, json_response
 from pagedserve.api.service import Service
+from pagedserve.errors import without_places
 from pagedserve.version import __version__
-
-OPEN_PATHS = frozenset(("/health", "/livez", "/readyz", "/startupz"))
 
 
 def state(service: Service) -> dict[str, Any]:
-    """The phase, and the cause where there is one."""
+    """The phase, for everybody."""
     phase = service.phase
-    found: dict[str, Any] = {
-        "status": "ok" if phase == "ready" else "unavailable",
-        "phase": phase,
+    return {"status": "ok" if phase == "ready" else "unavailable", "phase": phase}
+
+
+def details(service: Service) -> dict[str, Any]:
+    """What is being loaded, and the cause of a death."""
+    phase = service.phase
+    found = {
         "loading": service.startup.text if phase in ("loading", "restarting") else None,
         "cause": cause(service),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: without_places(text) for name, text in found.items() if text is not None}
 
 
 def cause(service: Service) -> str | None:
@@ -48,9 +53,12 @@ def cause(service: Service) -> str | None:
     return service.client.last_death if service.client.restarting else None
 
 
-def probe(service: Service, good: bool, **more: Any) -> Response:
-    """The state, and `more`, with the status that a probe looks at."""
-    response = json_response(state(service) | more, 200 if good else 503)
+def probe(service: Service, request: HttpRequest, good: bool, **more: Any) -> Response:
+    """The state with the status that a probe looks at, and `more` for who may know it."""
+    body = state(service)
+    if is_known(request):
+        body |= details(service) | more
+    response = json_response(body, 200 if good else 503)
     if not good:
         response.headers["Retry-After"] = RETRY_AFTER_SECONDS
     return response
@@ -58,7 +66,7 @@ def probe(service: Service, good: bool, **more: Any) -> Response:
 
 async def livez(service: Service, request: HttpRequest) -> Response:
     """Whether a restart would help."""
-    return probe(service, service.phase != "dead")
+    return probe(service, request, service.phase != "dead")
 
 
 async def startupz(service: Service, request: HttpRequest) -> Response:
@@ -67,7 +75,8 @@ async def startupz(service: Service, request: HttpRequest) -> Response:
     `seconds` since it began; `eta_seconds` until the bytes of this phase are there.
     """
     good = service.ready is not None and not service.failure.done()
-    return probe(service, good, **({} if good else progress(service)), phases=phases(service))
+    more = {} if good else progress(service)
+    return probe(service, request, good, **more, phases=phases(service))
 
 
 def progress(service: Service) -> dict[str, Any]:
@@ -83,24 +92,27 @@ def progress(service: Service) -> dict[str, Any]:
 
 async def readyz(service: Service, request: HttpRequest) -> Response:
     """Whether requests are taken."""
-    return probe(service, service.phase == "ready")
+    return probe(service, request, service.phase == "ready")
 
 
 async def health(service: Service, request: HttpRequest) -> Response:
     """As readyz, with figures."""
     stats, now = service.client.stats, time.monotonic()
-    body = {
-        "model": service.model_name,
-        "uptime_seconds": round(now - service.started_at, 3),
-        "live_requests": len(service.answers),
-        "engine_restarts": service.client.num_restarts,
-        "last_death": service.client.last_death,
-        "running": stats.running if stats else 0,
-        "waiting": stats.waiting if stats else 0,
-        "last_token_age_seconds": round(now - service.client.last_token_at, 3),
-        "phases": phases(service),
-    }
-    return probe(service, service.phase == "ready", **body)
+    last_death = service.client.last_death
+    return probe(
+        service,
+        request,
+        service.phase == "ready",
+        model=service.model_name,
+        uptime_seconds=round(now - service.started_at, 3),
+        live_requests=len(service.answers),
+        engine_restarts=service.client.num_restarts,
+        last_death=None if last_death is None else without_places(last_death),
+        running=stats.running if stats else 0,
+        waiting=stats.waiting if stats else 0,
+        last_token_age_seconds=round(now - service.client.last_token_at, 3),
+        phases=phases(service),
+    )
 
 
 def phases(service: Service) -> list[dict[str, Any]]:

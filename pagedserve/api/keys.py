@@ -1,13 +1,15 @@
-"""Who may use the server: API keys from a file, as digests, with each one's share and quotas.
+"""Who may use the server: API keys of a file, as digests, with each one's scope, share and quotas.
 
     # name : key                                        options
     alice:sk-3kX…
     bob:sha256:9f86d081884c7d659a2feaa0c55ad015…        weight=2 requests-per-minute=600
     nightly:sk-77…                                      weight=0.5 concurrent=4 priority=10
+    prometheus:sk-x0…                                   scope=metrics
 
 Several lines of one name are several keys of one tenant, so that keys change without a gap. The
-file is looked at again at most once a second, when a request comes; one that cannot be used now
-changes nothing and is told in the log, once. Keys themselves are not kept.
+file is looked at again at most once a second, when a request comes, and when `reload` is called;
+one that cannot be used now changes nothing and is told in the log, once. Keys themselves are not
+kept.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pagedserve.api.admission import ANYBODY, Clock, Tenant
+from pagedserve.api.admission import ANYBODY, EVERYTHING, Clock, Scope, Tenant
 from pagedserve.errors import StartupError
 
 log = logging.getLogger("pagedserve")
@@ -51,6 +53,7 @@ class Keys:
         self._clock = clock
         self._ids = {ANYBODY.name: ANYBODY.id}  # of a name, for as long as the process lives
         self._entries: list[tuple[bytes, Tenant]] = []
+        self._digests: frozenset[bytes] = frozenset()
         self._seen: Signature | None = None
         self._look_at = 0.0
         self._read()
@@ -69,19 +72,28 @@ class Keys:
                 found = tenant
         return found
 
-    def _look(self) -> None:
-        """Read the file again if it has changed."""
-        now = self._clock()
-        if self._path is None or now < self._look_at:
-            return
-        self._look_at = now + LOOK_SECONDS
-        if self._signature() == self._seen:
+    def is_one(self, digest: bytes) -> bool:
+        """Whether that is the SHA-256 of a key: to keep it out of the log, and for nothing else."""
+        return digest in self._digests
+
+    def reload(self) -> None:
+        """Read the file now. One that cannot be used changes nothing, and the log says why."""
+        if self._path is None:
             return
         try:
             self._read()
             log.warning("--api-key-file was read again: %d keys", len(self._entries))
         except StartupError as error:
             log.error("%s; the keys from before stay in force", error.message)
+
+    def _look(self) -> None:
+        """Read the file again if it has changed."""
+        now = self._clock()
+        if self._path is None or now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        if self._signature() != self._seen:
+            self.reload()
 
     def _read(self) -> None:
         self._seen = self._signature()
@@ -93,6 +105,7 @@ class Keys:
             tenant = tenants.setdefault(ANYBODY.name, ANYBODY)
             entries.append((hashlib.sha256(self._single.encode()).digest(), tenant))
         self._entries, self.tenants = entries, tuple(tenants.values())
+        self._digests = frozenset(digest for digest, _ in entries)
 
     def _signature(self) -> Signature | None:
         if self._path is None:
@@ -172,25 +185,47 @@ def read_options(tenant: Tenant, words: list[str]) -> Tenant:
         raise ValueError("an option stands there twice")
     changes: dict[str, Any] = {}
     for word in words:
-        name, _, value = word.partition("=")
+        name, _, text = word.partition("=")
         if name not in OPTIONS:
             raise ValueError(f"there is no option {name[:32]!r}; there are {', '.join(OPTIONS)}")
-        field, kind, low, high = OPTIONS[name]
-        try:
-            number = kind(value)
-        except ValueError:
-            number = float("nan")
-        if not low <= number <= high:  # NaN compares false
-            what = "an integer" if kind is int else "a number"
-            raise ValueError(f"{name} must be {what} from {low:g} to {high:g}")
-        changes[field] = number
+        field, read = OPTIONS[name]
+        changes[field] = read(name, text)
     return replace(tenant, **changes)
 
 
-# option: (field of Tenant, kind, lowest, highest)
-OPTIONS: dict[str, tuple[str, Callable[[str], float], float, float]] = {
-    "weight": ("weight", float, 0.001, 1000),
-    "requests-per-minute": ("requests_per_minute", int, 0, 1_000_000),
-    "concurrent": ("max_open", int, 0, 1_000_000),
-    "priority": ("best_priority", int, -1000, 1000),
+Read = Callable[[str, str], Any]  # an option's name and text → its value; raises ValueError
+
+
+def number(kind: Callable[[str], float], low: float, high: float) -> Read:
+    """Reads an int or a float from `low` to `high`."""
+
+    def read(name: str, text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:  # NaN compares false
+            what = "an integer" if kind is int else "a number"
+            raise ValueError(f"{name} must be {what} from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
+def scope(name: str, text: str) -> Scope:
+    """Reads what a key opens."""
+    if text not in SCOPES:
+        raise ValueError(f"{name} must be one of {', '.join(SCOPES)}")
+    return SCOPES[text]
+
+
+SCOPES = {"use": Scope.USE, "metrics": Scope.METRICS, "admin": EVERYTHING}
+
+# option: (field of Tenant, how its text is read)
+OPTIONS: dict[str, tuple[str, Read]] = {
+    "scope": ("scope", scope),
+    "weight": ("weight", number(float, 0.001, 1000)),
+    "requests-per-minute": ("requests_per_minute", number(int, 0, 1_000_000)),
+    "concurrent": ("max_open", number(int, 0, 1_000_000)),
+    "priority": ("best_priority", number(int, -1000, 1000)),
 }

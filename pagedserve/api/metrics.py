@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pagedserve.api.admission import EXPIRE_REASONS, REJECT_REASONS, Admission
 from pagedserve.engine.channel import Stats
+from pagedserve.errors import without_places
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -160,7 +161,8 @@ class Metrics:
             labels=[*self._labels, "cause"],
         )
         if self.last_death is not None:
-            family.add_metric([*self._labels.values(), self.last_death], 1.0)
+            cause = without_places(self.last_death)
+            family.add_metric([*self._labels.values(), cause], 1.0)
         yield family
 
     def _admission_families(self, admission: Admission) -> Iterator[Metric]:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pagedserve import logs
+from pagedserve.api.gate import Gate
 from pagedserve.api.keys import Keys
 from pagedserve.config import Config, ServerConfig, api_key_from_environment
 from pagedserve.engine import phases
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 DEATH_SECONDS = 2.0  # how long a dead server still says why, before it exits
 CLOSE_SECONDS = 2  # for connections to take their last bytes, and for the engine to stop
 KEEP_ALIVE_SECONDS = 65  # longer than the pools of common clients and proxies keep a connection
-BACKLOG = 2048
 
 Say = Callable[[str], None]
 
@@ -50,22 +50,30 @@ def run(
 
     Raises StartupError when the server cannot start, PagedServeError when its engine died later.
     """
-    key = config.server.api_key or api_key_from_environment()
-    keys = Keys(key, config.server.api_key_file)
-    started = time.monotonic()
-    sock = listen(config.server, key or config.server.api_key_file)
-    say(f"listening on {url(sock)} (503 until the model is loaded)")
-    client = EngineClient(engine_module, recovery(config.server))
-    life = Life(config, client, sock, say, started)
-    try:
+    server = config.server
+    keys = Keys(server.api_key or api_key_from_environment(), server.api_key_file)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(logs.to_standard_error(keys.is_one, prompts=server.log_prompts))
+        if server.access_log:
+            stack.enter_context(logs.access_to_standard_error(keys.is_one))
+        started, gate = time.monotonic(), Gate.opened(server, keys)
+        stack.enter_context(gate.sock)
+        say(f"listening on {gate.url} (503 until the model is loaded)")
+        for line in gate.warnings():
+            say(f"{'':10} {line}")
+        client = EngineClient(engine_module, recovery(server))
+        life = Life(config, client, gate, say, started)
+        stack.callback(close, client, life)
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(life.live(keys))
-    finally:
-        sock.close()
-        # While it loads, the engine reads no orders: waiting for it would be in vain.
-        client.close(CLOSE_SECONDS if client.ready and not life.stopped_by else 0.1)
+            return runner.run(life.live())
+
+
+def close(client: EngineClient, life: Life) -> None:
+    """End the engine."""
+    # While it loads, it reads no orders: waiting for it would be in vain.
+    client.close(CLOSE_SECONDS if client.ready and not life.stopped_by else 0.1)
 
 
 def recovery(config: ServerConfig) -> Recovery:
@@ -76,12 +84,10 @@ def recovery(config: ServerConfig) -> Recovery:
 class Life:
     """One run of the server."""
 
-    def __init__(
-        self, config: Config, client: EngineClient, sock: socket.socket, say: Say, started: float
-    ):
+    def __init__(self, config: Config, client: EngineClient, gate: Gate, say: Say, started: float):
         self._config = config
         self._client = client
-        self._sock = sock
+        self._gate = gate
         self._say = say
         self._started = started
         self.stopped_by = 0  # the signal that stopped it at once
@@ -89,7 +95,7 @@ class Life:
         self._second_signal = asyncio.Event()
         self._reported = ("", started)
 
-    async def live(self, keys: Keys) -> int:
+    async def live(self) -> int:
         """The whole life; see `run`."""
         from pagedserve.api.app import build_app
         from pagedserve.api.service import Service
@@ -97,9 +103,9 @@ class Life:
         self._watch_signals()
         service = Service(self._config, self._client)
         service.on_phase = self._report
-        app = cancelled_quietly(build_app(service, keys))
-        server = http_server(app, self._config.server)
-        serving = asyncio.create_task(server.serve(sockets=[self._sock]))
+        app = cancelled_quietly(build_app(service, self._gate))
+        server = http_server(app, self._gate)
+        serving = asyncio.create_task(server.serve(sockets=[self._gate.sock]))
         starting = asyncio.create_task(self._start(service))
         try:
             return await self._until_the_end(service)
@@ -114,7 +120,7 @@ class Life:
         await service.start()
         if service.ready is None:
             return
-        engine, where = service.ready, url(self._sock)
+        engine, where = service.ready, self._gate.url
         self._report(
             "ready",
             f"{engine.dtype} on {engine.device}, context "
@@ -167,9 +173,14 @@ class Life:
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        orders: dict[int, Callable[[int], None]] = dict.fromkeys(
+            (signal.SIGINT, signal.SIGTERM), self._signalled
+        )
+        if self._gate.reloads:  # else it ends the process, as where a terminal is closed
+            orders[signal.SIGHUP] = lambda number: self._gate.reload()
+        for number, order in orders.items():
             with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: a test
-                loop.add_signal_handler(number, self._signalled, number)
+                loop.add_signal_handler(number, order, number)
 
     def _signalled(self, number: int) -> None:
         if self._first_signal.is_set():
@@ -208,7 +219,7 @@ def cancelled_quietly(app: ASGIApp) -> ASGIApp:
     return outer
 
 
-def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
+def http_server(app: ASGIApp, gate: Gate) -> uvicorn.Server:
     """A uvicorn server that leaves signals and logging to us, and cuts readers that stall."""
     import uvicorn
 
@@ -232,90 +243,21 @@ def http_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
 
-    if config.access_log:
-        show_access_log()
-    return Server(
-        uvicorn.Config(
-            app,
-            http=bounded_heads(Limits.of(config.limits).head_bytes),
-            log_config=None,
-            access_log=config.access_log,
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=5 * CLOSE_SECONDS,  # long after our own cut
-        )
+    config = uvicorn.Config(
+        app,
+        http=bounded_heads(Limits.of(gate.config.limits).head_bytes),
+        log_config=None,
+        access_log=gate.config.access_log,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        proxy_headers=False,  # anybody on this machine could write them
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5 * CLOSE_SECONDS,  # long after our own cut
     )
-
-
-def show_access_log() -> None:
-    """Write uvicorn's line for each request to standard error, and nothing else of anybody's."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("uvicorn.access")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-
-
-def listen(config: ServerConfig, key: str | None) -> socket.socket:
-    """The listening socket. Connections wait in it until the application is imported."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    address = resolved(config.host, config.port, family)
-    check_binding(config, key)
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind(address)
-    except OSError as error:
-        sock.close()
-        raise StartupError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}; "
-            "choose another with --port"
-        ) from error
-    sock.listen(BACKLOG)
-    return sock
-
-
-def resolved(host: str, port: int, family: socket.AddressFamily) -> Any:
-    """`host` and `port` as `bind` takes them. Raises StartupError for a name that is none."""
-    try:
-        return socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StartupError(
-            f"--host {host} cannot be resolved: {reason}; give an address of this machine"
-        ) from error
-
-
-def check_binding(config: ServerConfig, key: str | None) -> None:
-    """Raise StartupError for an address that others can reach while no `key`, or file, is set."""
-    if key or is_loopback(config.host):
-        return
-    raise StartupError(
-        f"--host {config.host} can be reached from other machines, and no API key is set: anybody "
-        "could use this server. Set --api-key, PAGEDSERVE_API_KEY or --api-key-file, or listen on "
-        "127.0.0.1."
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """True for addresses that only this machine reaches."""
-    import ipaddress
-
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def url(sock: socket.socket) -> str:
-    """Where `sock` listens, as a URL."""
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    config.load()
+    config.ssl = gate.tls
+    return Server(config)
 
 
 def example(where: str, model: str, *, chat: bool) -> str:

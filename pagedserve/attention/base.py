@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,16 @@ from pagedserve.spec import Attn
 Plan = Any  # a backend's own notes on one batch; only that backend looks inside
 
 
+@dataclass(frozen=True, slots=True)
+class Most:
+    """The largest step: so many rows, tokens, and tokens of one row's context."""
+
+    rows: int
+    tokens: int
+    context: int
+    block_size: int
+
+
 class AttentionBackend(Protocol):
     """Computes attention for whole batches. Knows no model: what it computes is said by `attn`."""
 
@@ -22,6 +33,10 @@ class AttentionBackend(Protocol):
 
     def supports(self, attn: Attn, kv_dtype: torch.dtype, block_size: int) -> str | None:
         """None, or why this backend cannot compute `attn` over such a cache."""
+        ...
+
+    def workspace_bytes(self, attns: list[Attn], most: Most, kv_dtype: torch.dtype) -> int:
+        """What the layers of a step take beside what they get and give, at most."""
         ...
 
     def plan(self, batch: Batch) -> Plan:

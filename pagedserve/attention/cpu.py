@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pagedserve.attention.base import Most
 from pagedserve.attention.batch import Batch
 from pagedserve.device import Device
 from pagedserve.kernels import cpu
@@ -40,6 +41,10 @@ class CpuAttention:
         if attn.heads % attn.kv_heads:
             return f"{attn.heads} query heads do not divide among {attn.kv_heads} key/value heads"
         return None
+
+    def workspace_bytes(self, attns: list[Attn], most: Most, kv_dtype: torch.dtype) -> int:
+        """See `AttentionBackend`. Scores stay in a core's own memory."""
+        return 0
 
     def plan(self, batch: Batch) -> CpuPlan:
         """See `AttentionBackend`."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagedserve.attention.base import Most
 from pagedserve.attention.batch import Batch
 from pagedserve.attention.torch_plan import (
     Layout,
@@ -49,6 +50,11 @@ class TorchAttention:
         if not kv_dtype.is_floating_point or kv_dtype.itemsize < 2:
             return f"a cache of {kv_dtype} is not supported"
         return None
+
+    def workspace_bytes(self, attns: list[Attn], most: Most, kv_dtype: torch.dtype) -> int:
+        """See `AttentionBackend`. One row's keys and values may be spread to all heads, in fp32."""
+        heads = max((attn.heads * attn.head_dim for attn in attns), default=0)
+        return 2 * most.context * heads * 4
 
     def plan(self, batch: Batch) -> TorchPlan:
         """See `AttentionBackend`. The work itself is laid out at the first layer that needs it."""

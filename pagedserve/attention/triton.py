@@ -1,6 +1,7 @@
 """Attention on a GPU by our own kernels: rows of one token, and rows of several.
 
     rows of one token    kernels/paged_decode_cuda     few rows and nothing else, where it is built
+                         kernels/paged_decode_bulk     many rows, plain cases, where it is built
                          kernels/paged_decode          equal shares of all keys
     rows of several      kernels/paged_prefill_wgmma   plain cases on GPUs of capability 9.0
                          kernels/paged_prefill         everything else
@@ -14,26 +15,31 @@ captured for mixed steps therefore has a row of each kind.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
+from pagedserve.attention.base import Most
 from pagedserve.attention.batch import Batch
 from pagedserve.device import Device
 from pagedserve.kernels import (
     kv_write,
     paged_decode,
+    paged_decode_bulk,
     paged_decode_cuda,
     paged_prefill,
     paged_prefill_wgmma,
 )
 from pagedserve.kernels.paged_decode import DecodePlan, Shape
+from pagedserve.kernels.paged_decode_bulk import BulkPlan
 from pagedserve.kernels.paged_prefill import PrefillPlan
 from pagedserve.spec import Attn
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SIZE = 256  # numbers of a head
+PREFILL_BYTES = 36  # of a plan, for each of its tiles, which have a token at least
 MAX_LATENT, MAX_ROTATED = 512, 128  # numbers of a latent's values, and of its keys beyond them
 
 
@@ -46,6 +52,8 @@ class Processors:
 
     @classmethod
     def of(cls, device: torch.device) -> Processors:
+        if device.type != "cuda":  # an outline: of the largest that there are
+            return cls(132, (9, 0))
         found = torch.cuda.get_device_properties(device)
         return cls(found.multi_processor_count, (found.major, found.minor))
 
@@ -60,6 +68,7 @@ class TritonPlan:
     batch: Batch
     started: bool = False
     decodes: dict[Shape, DecodePlan] = field(default_factory=dict)
+    bulks: dict[Shape, BulkPlan] = field(default_factory=dict)
     prefills: dict[tuple[int, int, int], PrefillPlan] = field(default_factory=dict)
 
     @property
@@ -74,18 +83,24 @@ class TritonPlan:
 class TritonAttention:
     """See the module. `processors`: of the device, unless a test says otherwise.
 
-    `few_rows`: the kernels in CUDA C++, where there are any for this GPU.
+    `native`: the kernels in CUDA C++, where there are any for this GPU.
     """
 
     name = "triton"
     needs_lens = False
     takes_written = True
 
-    def __init__(self, device: Device, processors: Processors | None = None):
+    def __init__(
+        self,
+        device: Device,
+        processors: Processors | None = None,
+        native: paged_decode_cuda.Native | None = None,
+    ):
         self.processors = processors or Processors.of(device.torch)
         self.descriptors = paged_prefill_wgmma.CacheDescriptors()
         ours = device.is_gpu and self.processors.capability == paged_decode_cuda.CAPABILITY
-        self.few_rows = paged_decode_cuda.load() if ours else None
+        self.native = native or (paged_decode_cuda.load() if ours else None)
+        self.maps = paged_decode_bulk.CacheMaps(self.native) if self.native else None
 
     def supports(self, attn: Attn, kv_dtype: torch.dtype, block_size: int) -> str | None:
         """See `AttentionBackend`."""
@@ -102,6 +117,24 @@ class TritonAttention:
         if attn.head_dim > MAX_SIZE and (not latent or kv_dtype == torch.float32):
             return f"heads of {attn.head_dim} numbers in {kv_dtype} are too large"
         return None
+
+    def workspace_bytes(self, attns: list[Attn], most: Most, kv_dtype: torch.dtype) -> int:
+        """See `AttentionBackend`. Every shape has a plan of its own, alive for the whole step."""
+        shapes = {shape_of(attn, most.block_size, kv_dtype) for attn in attns}
+        count, capability = self.processors.count, self.processors.capability
+        meta, blocks = torch.device("meta"), -(-(most.context + 1) // most.block_size)
+        total = 0
+        for shape in shapes:
+            tuning = paged_decode.tune(shape, count, capability)
+            plan = DecodePlan.on(meta, shape, tuning, most.rows, blocks)
+            needed = sum(getattr(plan, each.name).nbytes for each in fields(plan)[2:])
+            if self.native and paged_decode_bulk.refusal_of_shape(shape, kv_dtype) is None:
+                bulk = paged_decode_bulk.tune(self.native, shape, count)
+                lists = paged_decode_bulk.Lists.on(meta, shape, bulk, most.rows)
+                needed = max(needed, lists.num_bytes)
+            total += needed
+            total += (most.tokens + most.rows) * PREFILL_BYTES
+        return total
 
     def plan(self, batch: Batch) -> TritonPlan:
         """See `AttentionBackend`."""
@@ -124,22 +157,34 @@ class TritonAttention:
             kv_write.kv_write(kv, plan.batch.slot_mapping, k, v)
         q = kv_write.rows(q)
         out = q.new_empty((q.shape[0], attn.heads, attn.values_in_keys or attn.head_dim))
-        shape = shape_of(attn, kv)
-        if self._fits_few_rows(q, kv, plan, shape):
-            self._decode_few(q, kv, out, plan, shape, attn, slopes, sinks)
-        elif plan.some_decode:
-            self._decode(q, kv, out, plan, shape, attn, slopes, sinks)
+        shape = shape_of(attn, kv.shape[2], kv.dtype)
+        if plan.some_decode:
+            self._choose_decode(q, kv, plan, shape, attn, slopes)(
+                q, kv, out, plan, shape, attn, slopes, sinks
+            )
         if plan.some_prefill:
             self._prefill(q, kv, out, plan, shape, attn, slopes, sinks)
         return out
 
-    def _fits_few_rows(self, q: Tensor, kv: Tensor, plan: TritonPlan, shape: Shape) -> bool:
+    def _choose_decode(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        plan: TritonPlan,
+        shape: Shape,
+        attn: Attn,
+        slopes: Tensor | None,
+    ) -> Callable[..., None]:
         """The rule of who decodes; benchmarks/RESULTS.md has the figures that it follows."""
         batch = plan.batch
-        if self.few_rows is None or plan.some_prefill:
-            return False
-        reason = paged_decode_cuda.refusal(shape, q, kv, batch.block_tables, batch.seq_lens)
-        return reason is None
+        if self.native is None:
+            return self._decode
+        given = shape, q, kv, batch.block_tables, batch.seq_lens
+        if not plan.some_prefill and paged_decode_cuda.refusal(*given) is None:
+            return self._decode_few
+        start = batch.query_start_loc
+        refused = paged_decode_bulk.refusal(*given, start, softcap=attn.softcap, slopes=slopes)
+        return self._decode if refused else self._decode_many
 
     def _decode_few(
         self,
@@ -152,7 +197,7 @@ class TritonAttention:
         slopes: Tensor | None,
         sinks: Tensor | None,
     ) -> None:
-        batch, native = plan.batch, self.few_rows
+        batch, native = plan.batch, self.native
         assert native is not None, "asked for where it fits"
         paged_decode_cuda.paged_decode_cuda(
             native,
@@ -171,6 +216,30 @@ class TritonAttention:
         )
         plan.started = True
 
+    def _decode_many(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        out: Tensor,
+        plan: TritonPlan,
+        shape: Shape,
+        attn: Attn,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+    ) -> None:
+        batch, native, maps = plan.batch, self.native, self.maps
+        assert native is not None and maps is not None and slopes is None, "asked for where it fits"
+        work = plan.bulks.get(shape)
+        first = work is None
+        if work is None:
+            tuning = paged_decode_bulk.tune(native, shape, self.processors.count)
+            work = plan.bulks[shape] = paged_decode_bulk.plan_bulk(
+                shape, tuning, batch.block_tables, batch.seq_lens, batch.query_start_loc
+            )
+        paged_decode_bulk.paged_decode_bulk(
+            native, q, kv, out, work, maps, scale=attn.scale, sinks=sinks, first=first
+        )
+
     def _decode(
         self,
         q: Tensor,
@@ -185,7 +254,8 @@ class TritonAttention:
         batch = plan.batch
         work = plan.decodes.get(shape)
         if work is None:
-            tuning = paged_decode.tune(shape, self.processors.count, self.processors.capability)
+            count, capability = self.processors.count, self.processors.capability
+            tuning = paged_decode.tune(shape, count, capability, len(batch.seq_lens))
             work = plan.decodes[shape] = paged_decode.plan_decode(
                 shape, tuning, batch.block_tables, batch.seq_lens, batch.query_start_loc
             )
@@ -261,8 +331,8 @@ class TritonAttention:
         return work
 
 
-def shape_of(attn: Attn, kv: Tensor) -> Shape:
-    """What the kernels are compiled for. kv: the layer's view of the cache."""
+def shape_of(attn: Attn, block_size: int, kv_dtype: torch.dtype) -> Shape:
+    """What the kernels are compiled for."""
     width = attn.values_in_keys or attn.head_dim
     return Shape(
         kv_heads=attn.kv_heads,
@@ -270,8 +340,8 @@ def shape_of(attn: Attn, kv: Tensor) -> Shape:
         width=width,
         rest=attn.head_dim - width,
         latent=attn.values_in_keys is not None,
-        page=kv.shape[2],
-        itemsize=max(2, kv.element_size()),
+        page=block_size,
+        itemsize=max(2, kv_dtype.itemsize),
         window=attn.window or 0,
         chunk=attn.chunk or 0,
     )

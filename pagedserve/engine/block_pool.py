@@ -6,8 +6,9 @@
     └───┴───┴───┘   ◀── share ────  └────────────┴──────────────────────────┘
 
 A full block of known tokens is published under the hash of the whole prefix it ends (a chain of
-SHA-256 over block contents), so an equal beginning finds it again, held or free. A free block keeps
-its content until it is taken. The pool knows no tensors and no sequences.
+SHA-256 over block contents, begun with a salt), so an equal beginning with an equal salt finds it
+again, held or free. A free block keeps its content until it is taken. The pool knows no tensors and
+no sequences.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from collections.abc import Iterable, Sequence
 
 from pagedserve.step import BlockId
 
-ROOT = b"pagedserve"
+
+def root_hash(salt: str) -> bytes:
+    """Where the chains of one salt begin; no chain of another salt has a hash of theirs."""
+    return hashlib.sha256(b"pagedserve " + salt.encode()).digest()
 
 
 def chain_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
@@ -32,7 +36,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, *, caching: bool = True):
         self.num_blocks = num_blocks
-        self._caching = caching
+        self.caching = caching
         self._free: OrderedDict[BlockId, None] = OrderedDict.fromkeys(
             map(BlockId, range(num_blocks))
         )
@@ -83,7 +87,7 @@ class BlockPool:
 
     def publish(self, block: BlockId, prefix_hash: bytes) -> None:
         """Let others find `block`, which now holds the block that ends the prefix of that hash."""
-        if self._caching and prefix_hash not in self._by_hash:
+        if self.caching and prefix_hash not in self._by_hash:
             self._forget(block)
             self._by_hash[prefix_hash] = block
             self._hash[block] = prefix_hash

@@ -19,11 +19,15 @@ from typing import Any
 
 import msgspec
 
+from pagedserve.errors import PagedServeError
 from pagedserve.request import Request
 from pagedserve.step import TokenLogprobs
 
 HEADER = struct.Struct("<I")
 READ_BYTES = 1 << 20
+# What the decoder raises: its own; for text that is no UTF-8; for nesting past the stack; and what
+# the checks of a SamplingParams raise.
+NO_MESSAGE = (msgspec.MsgspecError, ValueError, RecursionError, PagedServeError)
 
 
 class ChannelClosed(Exception):
@@ -245,7 +249,7 @@ class Channel:
             start = at + HEADER.size
             try:
                 messages.append(self._decoder.decode(view[start : start + length]))
-            except msgspec.MsgspecError as error:
+            except NO_MESSAGE as error:
                 raise ChannelBroken(f"the other process sent no message: {error}") from error
             at = start + length
         view.release()

@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
+from pagedserve.config import environment_without_keys
 from pagedserve.engine.channel import AnyMessage, Channel, Message
 
 EXIT_SECONDS = 2.0  # between the end of a channel and the end of its process
@@ -29,6 +30,7 @@ class EngineProcess:
                 [sys.executable, "-m", module, str(theirs.fileno()), str(lasting_parent())],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
+                env=environment_without_keys(),
             )
         except BaseException:
             self.channel.close()

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-import traceback
 from typing import TYPE_CHECKING
 
+from pagedserve import logs
 from pagedserve.config import Config
 from pagedserve.engine.block_pool import BlockPool
 from pagedserve.engine.channel import (
@@ -37,6 +38,8 @@ from pagedserve.kernels.driver import EarlyContext
 if TYPE_CHECKING:
     from pagedserve.executor.local import LocalExecutor
 
+log = logging.getLogger("pagedserve")
+
 STARTED = time.monotonic()
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 GPU_STALL_SECONDS = 120.0
@@ -53,13 +56,19 @@ def main(fd: int, parent: int = 0) -> int:
     # The API process owns Ctrl-C: it drains, then tells us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=fd))
+    with logs.to_standard_error():
+        return to_the_end(channel)
+
+
+def to_the_end(channel: Channel) -> int:
+    """Serve `channel`; the exit status."""
     try:
         serve(channel)
     except ChannelClosed:
         return 0  # the API process is gone: nobody to serve, nobody to tell
     except Exception as error:
         if not isinstance(error, PagedServeError):
-            traceback.print_exc()
+            log.exception("the engine cannot go on")
         report_death(channel, error)
         return 1
     return 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 
-from pagedserve.engine.block_pool import ROOT, chain_hash
+from pagedserve.engine.block_pool import chain_hash, root_hash
 from pagedserve.request import Request
 from pagedserve.step import BlockId, Slot
 
@@ -96,6 +96,6 @@ class Sequence:
     def extend_hashes(self, num_blocks: int, block_size: int) -> None:
         """Know the chain hashes of the first `num_blocks` blocks; their tokens must be known."""
         for index in range(len(self.hashes), num_blocks):
-            previous = self.hashes[-1] if self.hashes else ROOT
+            previous = self.hashes[-1] if self.hashes else root_hash(self.request.cache_salt)
             start = index * block_size
             self.hashes.append(chain_hash(previous, self.tokens[start : start + block_size]))

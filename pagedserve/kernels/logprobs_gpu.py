@@ -126,7 +126,7 @@ def join_kernel(
         total = highest + tl.log(tl.sum(shares, 0))
         chosen = tl.load(source + tl.load(token_ids + row)).to(tl.float32)
         tl.store(logprobs + row, chosen - total)
-        tl.store(ranks + row, tl.sum(above, 0).to(tl.int64) + 1)
+        tl.store(ranks + row, tl.sum(above, 0) + 1)
         k = tl.minimum(k, vocab)
         if k > 0:
             values = candidate_value + row * CANDIDATES
@@ -169,7 +169,7 @@ def join_kernel(
                 rank += tl.sum(here.to(tl.int32), 0)
             best = (c < found) & (rank < k)
             ids = tl.load(tokens + c, mask=best, other=0)
-            tl.store(top_ids + row * top_stride + rank, ids.to(tl.int64), mask=best)
+            tl.store(top_ids + row * top_stride + rank, ids, mask=best)
             tl.store(top_logprobs + row * top_stride + rank, v - total, mask=best)
 
 
@@ -241,27 +241,33 @@ class LogprobScratch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of each row: its token's logprob [n] fp32 and rank [n] int32, and of the likeliest tokens the
+    ids [n, most] int32 and logprobs [n, most] fp32, likeliest first."""
+
+    logprobs: Tensor
+    ranks: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+
 def logprobs(
-    logits: Tensor, token_ids: Tensor, wanted: Tensor, most: int, scratch: LogprobScratch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each row: logprob [n] fp32 and rank [n] int64 of its token, top ids [n, most] int64 and
-    their logprobs [n, most] fp32, likeliest first.
+    logits: Tensor, token_ids: Tensor, wanted: Tensor, out: Scores, scratch: LogprobScratch
+) -> None:
+    """Fill `out`.
 
     logits: [n, vocab] bf16, fp16 or fp32; token_ids: [n] int64; wanted: [n] int32, how many of the
-    likeliest, at most `most` and MAX_TOP; -1 where nothing is wanted. What is not wanted is unset.
+    likeliest, at most `most`; -1 where nothing is wanted. What is not wanted stays as it was.
     """
     n, vocab = logits.shape
-    assert logits.stride(1) == 1 and 0 <= most <= MAX_TOP
-    assert n <= scratch.group_max.shape[0]
+    assert logits.stride(1) == 1 and out.top_ids.shape == out.top_logprobs.shape
+    assert out.top_ids.shape[0] == n <= scratch.group_max.shape[0]
+    assert out.top_ids.shape[1] <= MAX_TOP and out.top_ids.stride() == out.top_logprobs.stride()
     tiles = triton.cdiv(vocab, TILE)
     groups = tiles * (TILE // GROUP)
-    device = logits.device
-    out = torch.empty(n, dtype=torch.float32, device=device)
-    ranks = torch.empty(n, dtype=torch.int64, device=device)
-    top_ids = torch.empty((n, most), dtype=torch.int64, device=device)
-    top_logprobs = torch.empty((n, most), dtype=torch.float32, device=device)
     if n == 0:
-        return out, ranks, top_ids, top_logprobs
+        return
     tiles_kernel[(n, tiles)](
         logits,
         token_ids,
@@ -290,16 +296,16 @@ def logprobs(
         scratch.group_list,
         scratch.candidate_values,
         scratch.candidate_tokens,
-        out,
-        ranks,
-        top_ids,
-        top_logprobs,
+        out.logprobs,
+        out.ranks,
+        out.top_ids,
+        out.top_logprobs,
         vocab,
         tiles,
         groups,
         logits.stride(0),
         scratch.group_max.stride(0),
-        top_ids.stride(0),
+        out.top_ids.stride(0),
         TILES=power_of_2(tiles),
         GROUPS=power_of_2(groups),
         GROUP=GROUP,
@@ -311,7 +317,6 @@ def logprobs(
         num_warps=8,
         **dependent(logits),
     )
-    return out, ranks, top_ids, top_logprobs
 
 
 SCALARS = dict.fromkeys(("vocab", "tiles", "row_stride", "group_stride"), "i32")
@@ -345,8 +350,8 @@ AOT = [
             "candidate_value": "*fp32",
             "candidate_token": "*i32",
             "logprobs": "*fp32",
-            "ranks": "*i64",
-            "top_ids": "*i64",
+            "ranks": "*i32",
+            "top_ids": "*i32",
             "top_logprobs": "*fp32",
             "groups": "i32",
             "top_stride": "i32",

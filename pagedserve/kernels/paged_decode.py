@@ -49,6 +49,7 @@ from pagedserve.kernels.paged_scores import LOG2E, MASKED, first_seen, in_base_2
 
 # Of a bin: begin, end, size; its first row, where that begins and ends; the same of its last row.
 FIELDS = tl.constexpr(16)
+FEW_ROWS = 8
 
 
 @triton.jit(
@@ -630,18 +631,28 @@ class Tuning:
     max_parts: int = 1 << 20
 
 
-def tune(shape: Shape, processors: int, capability: tuple[int, int]) -> Tuning:
-    """The constants that were measured to serve best (benchmarks/RESULTS.md), kept in memory."""
+def tune(shape: Shape, processors: int, capability: tuple[int, int], rows: int = 1 << 30) -> Tuning:
+    """The constants that were measured to serve best (benchmarks/RESULTS.md), kept in memory.
+
+    rows: that there may be at most; few of them want their keys in more pieces at a time.
+    """
     big = shape.width_pad * shape.itemsize  # bytes of a value
-    tokens, each, num_stages = 128, 2, 3
+    small_memory = has_small_memory(10 * capability[0] + capability[1])
+    tokens, each, num_warps, num_stages = 128, 2, 4, 3
     tile = 128 if big <= 256 else 64 if big <= 512 else 32
-    if has_small_memory(10 * capability[0] + capability[1]) or shape.block_h > 16:
+    wide = shape.block_h * shape.width_pad > 64 * 128
+    if small_memory or shape.block_h > 16:
         tile = max(16, tile // 2)  # shared memory; registers
+    elif rows <= FEW_ROWS and tile == 128 and shape.itemsize == 2:
+        tile, tokens, num_stages = 64, 64, 5
+    if wide and shape.block_h > 16:
+        num_warps, each, num_stages = 8, 1, 2
+        if capability == (9, 0):
+            tile, num_stages = 32, 3
+    elif wide and rows <= FEW_ROWS and capability == (9, 0):
+        tile, num_warps, each = 64, 8, 1
     if shape.itemsize == 4:
         tile = 16  # no tensor core multiplies float32 exactly: registers hold all of it
-    num_warps = 4
-    if shape.block_h * shape.width_pad > 64 * 128:
-        num_warps, each, num_stages = (8, 1, 2) if shape.block_h > 16 else (4, 2, 3)
     heads = min(shape.group, shape.block_h)
     return Tuning(
         tile=tile,
@@ -668,6 +679,30 @@ class DecodePlan:
     parts: Tensor
     sums: Tensor
 
+    @classmethod
+    def on(
+        cls, device: torch.device, shape: Shape, tuning: Tuning, rows: int, num_blocks: int
+    ) -> DecodePlan:
+        """Memory for so many rows, of block tables of so many blocks."""
+        parts = 2 * tuning.bins * shape.lanes * min(shape.group, shape.block_h)
+        tiles = rows * most_tiles(shape, tuning.tile, num_blocks)
+        piece = piece_size(shape, tuning.tile)
+
+        def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        return cls(
+            shape,
+            tuning,
+            starts=empty(rows + 2),  # one is read ahead
+            bins=empty(tuning.bins, FIELDS.value),
+            counters=empty(rows * shape.lanes),
+            pieces=empty(tiles, tuning.tile // piece, dtype=torch.int64),
+            marks=empty(tiles, 2),
+            parts=empty(parts * shape.width, dtype=torch.float32),
+            sums=empty(parts * 2, dtype=torch.float32),
+        )
+
 
 def most_tiles(shape: Shape, tile: int, num_blocks: int) -> int:
     """Of a row whose block table has `num_blocks` entries."""
@@ -691,22 +726,7 @@ def plan_decode(
     """
     rows = seq_lens.shape[0]
     assert block_tables.stride(1) == 1 and block_tables.shape[0] == rows
-    heads = min(shape.group, shape.block_h)
-    parts = 2 * tuning.bins * shape.lanes * heads
-    tiles = rows * most_tiles(shape, tuning.tile, block_tables.shape[1])
-    piece = piece_size(shape, tuning.tile)
-    where = seq_lens.device
-    plan = DecodePlan(
-        shape,
-        tuning,
-        starts=torch.empty(rows + 2, dtype=torch.int32, device=where),  # one is read ahead
-        bins=torch.empty((tuning.bins, FIELDS.value), dtype=torch.int32, device=where),
-        counters=torch.empty(rows * shape.lanes, dtype=torch.int32, device=where),
-        pieces=torch.empty((tiles, tuning.tile // piece), dtype=torch.int64, device=where),
-        marks=torch.empty((tiles, 2), dtype=torch.int32, device=where),
-        parts=torch.empty(parts * shape.width, dtype=torch.float32, device=where),
-        sums=torch.empty(parts * 2, dtype=torch.float32, device=where),
-    )
+    plan = DecodePlan.on(seq_lens.device, shape, tuning, rows, block_tables.shape[1])
     plan_decode_kernel[(1,)](
         seq_lens,
         query_start_loc,
@@ -835,9 +855,10 @@ def variants(
     slopes: bool = False,
     sinks: bool = False,
     capability: tuple[int, int] = (9, 0),
+    rows: int = 256,
 ) -> list[Variant]:
     """Plan and kernel of one shape, as `tune` would have them on `capability`."""
-    tuning = tune(shape, 132, capability)
+    tuning = tune(shape, 132, capability, rows)
     major, minor = capability
     sm, pdl = 10 * major + minor, {"PDL": capability >= (9, 0)}
     lists = ("seq_lens_ptr", "query_start_ptr", "table_ptr")
@@ -877,7 +898,7 @@ def variants(
             constants(shape, tuning) | pdl | {"CAP": cap},
             num_warps=tuning.num_warps,
             num_stages=tuning.num_stages,
-            stack=128 if shape.latent else 32,
+            stack=256 if shape.latent else 32,  # 128 heads: faster than tiles without spills
         ),
     ]
 
@@ -901,5 +922,7 @@ AOT = [
     *variants("128 heads on latents", Shape(1, 128, 512, 64, latent=True))[2:],
     *variants("128 heads on latents", Shape(1, 128, 512, 64, latent=True), capability=A100)[2:],
     *variants("16 heads on latents", Shape(1, 16, 512, 64, latent=True))[2:],
+    *variants("8 rows, 16 heads on latents", Shape(1, 16, 512, 64, latent=True), rows=8)[2:],
+    *variants("8 rows, 8×4 heads of 128", Shape(8, 4, 128), rows=8)[1:],
     *variants("16 heads on latents", Shape(1, 16, 512, 64, latent=True), capability=AD102)[2:],
 ]

@@ -898,6 +898,7 @@ class Needs:
     drawn: bool = True  # some row has a temperature
     filtered: bool = True  # some row has top_k, top_p or min_p
     processed: bool = True  # some row has penalties, biases, bans or a mask
+    scored: bool = False  # some row wants log-probabilities, see `logprobs_gpu`
 
 
 def sample(

@@ -32,6 +32,8 @@ HEADER = 4
 TOKENS = 64  # of one program
 TABLE = 1024  # entries of one program
 GROWTHS = 256  # looked at together
+ROWS = 256  # the same
+MAX_ROWS = 4096  # of a step: one program holds them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +208,16 @@ def tokens_kernel(
     TOKENS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Tokens program_id(0) · TOKENS …"""
+    """Tokens program_id(0) · TOKENS … ROWS: how many are looked at together."""
     launch_dependents(PDL)
     wait(PDL)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    r = tl.arange(0, ROWS)
-    ends = tl.load(query_start_loc + 1 + r, mask=r < rows, other=2147483647)
+    row = tl.zeros([TOKENS], tl.int32)
+    for first in range(0, rows, ROWS):
+        r = first + tl.arange(0, ROWS)
+        ends = tl.load(query_start_loc + 1 + r, mask=r < rows, other=2147483647)
+        row += tl.sum((ends[None, :] <= t[:, None]).to(tl.int32), 1)
     total = tl.load(query_start_loc + rows)
-    row = tl.sum((ends[None, :] <= t[:, None]).to(tl.int32), 1)
     mine = t < total
     row = tl.minimum(row, rows - 1)
     end = tl.load(query_start_loc + row + 1)
@@ -275,6 +279,7 @@ def make_inputs(
     """
     rows, tokens = inputs.seq_lens.shape[0], inputs.input_ids.shape[0]
     assert rows <= layout.rows and message.shape == (layout.size,)
+    assert rows <= MAX_ROWS
     wide = triton.next_power_of_2(rows)
     rows_kernel[(1,)](
         message,
@@ -291,6 +296,7 @@ def make_inputs(
         tables.stride(0),
         ROWS=wide,
         GROWTHS=GROWTHS,
+        num_warps=warps(wide),
         **dependent(message),
     )
     tables_kernel[(rows, triton.cdiv(tables.shape[1], TABLE))](
@@ -319,7 +325,7 @@ def make_inputs(
         token_ids.stride(0),
         tables.stride(0),
         PAGE=page,
-        ROWS=wide,
+        ROWS=min(wide, ROWS),
         TOKENS=TOKENS,
         **dependent(message),
     )
@@ -330,6 +336,7 @@ def append(
 ) -> None:
     """Write drawn tokens ([R] int64) behind their sequences, and into `results` [2, R] int32."""
     rows = drawn.shape[0]
+    wide = triton.next_power_of_2(rows)
     append_kernel[(1,)](
         drawn,
         finite,
@@ -339,9 +346,15 @@ def append(
         results,
         rows,
         token_ids.stride(0),
-        ROWS=triton.next_power_of_2(rows),
+        ROWS=wide,
+        num_warps=warps(wide),
         **dependent(drawn),
     )
+
+
+def warps(rows: int) -> int:
+    """Of a program that holds so many rows: 8 of them a thread at most."""
+    return max(4, min(rows // 256, 16))
 
 
 INTS = {name: "*i32" for name in ("message", "tables", "row_tables", "query_start_loc")}
@@ -362,17 +375,28 @@ TYPES: dict[str, str | None] = {**INTS, **LONGS, "finite": "*i1", **dict.fromkey
 
 
 def variant(kernel: object, constants: dict[str, int]) -> Variant:
-    """With the types of the arguments that `kernel` has."""
+    """With the types of the arguments that `kernel` has, for the ROWS that it has."""
     names = kernel.arg_names  # type: ignore[attr-defined]
     types = {name: TYPES[name] for name in names if name in TYPES}
     label = f"step inputs, {kernel.fn.__name__}"  # type: ignore[attr-defined]
-    return Variant(label, kernel, types, constants | {"PDL": True}, unaligned=SIZES, capability=90)
+    rows = constants.get("ROWS", 1)
+    return Variant(
+        f"{label} of {rows} rows",
+        kernel,
+        types,
+        constants | {"PDL": True},
+        unaligned=SIZES,
+        num_warps=warps(rows),
+        capability=90,
+    )
 
 
 AOT = [
     variant(rows_kernel, {"ROWS": 256, "GROWTHS": GROWTHS}),
+    variant(rows_kernel, {"ROWS": MAX_ROWS, "GROWTHS": GROWTHS}),
     variant(tables_kernel, {"PAGE": 16, "TABLE": TABLE}),
-    variant(tokens_kernel, {"PAGE": 16, "ROWS": 256, "TOKENS": TOKENS}),
+    variant(tokens_kernel, {"PAGE": 16, "ROWS": ROWS, "TOKENS": TOKENS}),
     variant(append_kernel, {"ROWS": 256}),
+    variant(append_kernel, {"ROWS": MAX_ROWS}),
 ]
 AOT += [older(each) for each in AOT]

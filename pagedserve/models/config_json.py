@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StartupError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise StartupError(f"{path} must hold a JSON object")

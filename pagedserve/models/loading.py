@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pagedserve.config import ModelConfig
 from pagedserve.device import Device
 from pagedserve.errors import StartupError
 from pagedserve.models import config_json, generation_config
@@ -16,9 +17,11 @@ from pagedserve.models.architectures import is_native, spec_of
 from pagedserve.models.assembly import assemble
 from pagedserve.models.base import Model
 from pagedserve.models.custom import run_architecture_file
+from pagedserve.models.hub.progress import part
 from pagedserve.models.ring import CudaUploads, Ring
 from pagedserve.models.shards import Files
-from pagedserve.models.weights import Checkpoint, Dummy, Source
+from pagedserve.models.telling import Tell, tell_nobody
+from pagedserve.models.weights import Checkpoint, Dummy, Shapes, Source
 from pagedserve.spec import DecoderSpec, ModelShape
 
 
@@ -75,6 +78,11 @@ def load_model(
         limit = context_limit(spec, context)
         source = weights(directory, spec, load_format, seed, device, on_progress, on_bytes)
         decoder = assemble(spec, source, device=device, dtype=wanted, context=limit)
+    elif device.torch.type == "meta":
+        raise StartupError(
+            f"{directory} is computed by the modeling of transformers, whose memory nothing tells "
+            "but its start"
+        )
     else:
         from pagedserve.models.fallback.load import Asked, load_fallback  # transformers is slow
 
@@ -95,6 +103,33 @@ def load_model(
     )
 
 
+def load_configured(
+    asked: ModelConfig,
+    directory: Path,
+    device: Device,
+    tell: Tell = tell_nobody,
+) -> LoadedModel:
+    """`load_model` as a configuration says."""
+    phase = "load weights"
+    return load_model(
+        directory,
+        dtype=asked.dtype,
+        device=device,
+        load_format=asked.load_format,
+        seed=asked.seed,
+        context=asked.max_model_len,
+        hf_overrides=asked.hf_overrides,
+        model_impl=asked.model_impl,
+        architecture_file=asked.architecture_file,
+        generation_source=asked.generation_config,
+        generation_override=asked.override_generation_config,
+        on_progress=lambda detail: tell(phase, detail),
+        on_bytes=lambda done, total: tell(
+            phase, f"{part(done, total)} ({100 * done // total} %)", done, total
+        ),
+    )
+
+
 def weights(
     directory: Path,
     spec: DecoderSpec,
@@ -105,6 +140,8 @@ def weights(
     on_bytes: Callable[[int, int], None] | None,
 ) -> Source:
     """Where the decoder's weights come from."""
+    if device.torch.type == "meta":
+        return Shapes()
     if load_format == "dummy":
         on_progress("filling weights with random numbers")
         return Dummy(seed, device.torch)

@@ -29,6 +29,8 @@ from pagedserve.models.hub.filenames import INDEX, SINGLE, lacking, listing, pic
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# What a header that is none makes Python raise; the last where it nests too deep.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at a time
 
 FLOATS = {
@@ -155,7 +157,7 @@ def read_header(path: Path) -> dict[str, Stored]:
                 raise ValueError(f"its header would be {length} bytes long")
             header = json.loads(exactly(file.read(length), length))
         return check_header(path, header, LENGTH.size + length, state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         size = path.stat().st_size if path.exists() else 0
         raise StartupError(
             f"{path} is cut off or damaged ({size} bytes): {said(error)}; get it again"

@@ -6,7 +6,7 @@ share, more chosen experts than there are. It is refused here, before anything i
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -61,7 +61,7 @@ def of_fields(part: Any) -> Iterator[str]:
 
 def is_number(value: Any) -> bool:
     """A finite one. The root of a negative number is complex in Python, and no error."""
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN
 
 
 def of_attention(attn: Attn) -> Iterator[str]:

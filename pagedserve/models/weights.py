@@ -128,6 +128,33 @@ class Dummy:
         return None
 
 
+class Shapes:
+    """No numbers: for a model that is only measured."""
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return None
+
+    def read(
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
+    ) -> None:
+        assert into.is_meta, "a tensor with numbers would keep what was there before"
+
+    def settle(self) -> None:
+        return None
+
+    def finish(self) -> None:
+        return None
+
+
 class Checkpoint:
     """The safetensors files of a directory, read as the model asks, never as a whole.
 

@@ -17,7 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pagedserve.errors import RequestError, StartupError, shorten
+from pagedserve.errors import RequestError, StartupError, shorten, without_places
 from pagedserve.limits import CEILING, Limits
 from pagedserve.text.files import read_json
 from pagedserve.text.tokenizer import Tokenizer
@@ -74,9 +74,9 @@ class ChatTemplate:
         except Exception as error:
             # Templates run any expression over what clients send: whatever they raise, the request
             # does not suit the template.
+            reason = shorten(without_places(str(error)), 300)
             raise RequestError(
-                f"the chat template refused the messages: {shorten(str(error), 300)}",
-                param="messages",
+                f"the chat template refused the messages: {reason}", param="messages"
             ) from error
 
 

@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise StartupError(f"{path} cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise StartupError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise StartupError(f"{path} must hold a JSON object")

@@ -9,7 +9,7 @@ buffers, so that a step in flight is not written over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from pagedserve.step import BlockId, EngineInfo, Join, Slot, Step, StepOutput, T
 from pagedserve.worker import kv_cache
 from pagedserve.worker.gpu_sampler import GpuSampler
 from pagedserve.worker.prompt_logprobs import PromptLogprobs, by_slot
-from pagedserve.worker.sampler import NOT_FINITE, LogprobColumns, logprob_columns
-from pagedserve.worker.stages import Memory, Size, Sizes, Stages
+from pagedserve.worker.results import Results
+from pagedserve.worker.sampler import NOT_FINITE, LogprobColumns
+from pagedserve.worker.sizes import Limits, Size
+from pagedserve.worker.stages import Memory, Stages
 
 RING = 4  # steps whose buffers are in use: more than are ever in flight
 MAX_GROWTHS = 8192  # of one message; what is beyond goes in a copy of its own
@@ -55,16 +57,16 @@ class GpuStep:
     """A launched step: what of its rows was asked for, and where the results will be."""
 
     buffers: Buffers
-    rows: int  # of the stage
+    layout: Results
     sampled: list[int] | None  # rows that draw; None: all of the step
     slots: list[Slot]  # theirs
-    logprobs: tuple[list[int], LogprobColumns] | None
+    wanted: list[int | None]  # log-probabilities of so many tokens; may be empty for nobody
     prompt: list[tuple[Slot, LogprobColumns]]
 
     def result(self) -> StepOutput:
         """Wait, and read the tokens."""
         self.buffers.done.synchronize()
-        drawn, finite = self.buffers.results[: 2 * self.rows].view(2, -1).tolist()
+        drawn, finite = self.layout.drawn(self.buffers.results).tolist()
         if self.sampled is None:
             drawn, finite = drawn[: len(self.slots)], finite[: len(self.slots)]
         else:
@@ -77,14 +79,67 @@ class GpuStep:
                 for slot, good in zip(self.slots, finite, strict=True)
                 if not good
             )
-        if self.logprobs is not None:
-            places, columns = self.logprobs
-            entries: list[TokenLogprobs | None] = [None] * len(self.slots)
-            for place, entry in zip(places, columns.to_entries(), strict=True):
-                entries[place] = entry
-            output.logprobs.extend(entries)
+        if any(count is not None for count in self.wanted):  # who asked may not draw yet
+            output.logprobs.extend(self._logprobs())
         output.prompt_logprobs.update(by_slot(self.prompt))
         return output
+
+    def _logprobs(self) -> list[TokenLogprobs | None]:
+        """Of the rows that draw, in their order."""
+        places = [at for at, count in enumerate(self.wanted) if count is not None]
+        rows = places if self.sampled is None else [self.sampled[at] for at in places]
+        counts = [self.wanted[at] for at in places]
+        most = max(count for count in counts if count is not None)
+        scores, index = self.layout.scores(self.buffers.results), torch.tensor(rows)
+        columns = LogprobColumns(
+            scores.logprobs[index],
+            scores.ranks[index],
+            scores.top_ids[index, :most],
+            scores.top_logprobs[index, :most],
+            counts,
+        )
+        entries: list[TokenLogprobs | None] = [None] * len(self.slots)
+        for place, entry in zip(places, columns.to_entries(), strict=True):
+            entries[place] = entry
+        return entries
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a runner keeps on the GPU beside weights and cache."""
+
+    memory: Memory
+    sampler: GpuSampler
+
+
+def permanent(
+    limits: Limits,
+    vocab_size: int,
+    eos_token_ids: list[int],
+    block_size: int,
+    device: torch.device,
+) -> Rows:
+    """Rows of no sequence yet, and no cache. On the meta device, to be counted."""
+    rows, tokens = limits.sizes.largest()
+    slots, length = limits.max_num_seqs + 1, limits.max_model_len + 1
+    blocks = -(-length // block_size)
+    layout = Message(rows, MAX_GROWTHS)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    memory = Memory(
+        token_ids=zeros(slots, length, dtype=torch.int64),
+        block_tables=zeros(slots, blocks),
+        message=zeros(layout.size),
+        layout=layout,
+        inputs=Inputs.on(device, rows, tokens, blocks),
+        results=zeros(Results(rows, scored=True).size),
+        kv=[],
+        block_size=block_size,
+        scratch_block=0,
+    )
+    return Rows(memory, GpuSampler(memory.token_ids, rows, vocab_size, eos_token_ids))
 
 
 class GpuRunner:
@@ -101,39 +156,28 @@ class GpuRunner:
         self.info = info
         self._model, self._place, self._device = model, device, device.torch
         self._pins = self._device.type == "cuda"  # not in Triton's interpreter
-        spec, block_size, slots = model.spec, config.cache.block_size, info.max_num_seqs + 1
-        sizes = Sizes(info.max_num_seqs, info.max_num_batched_tokens)
-        rows, tokens = sizes.largest()
-        blocks = -(-(info.max_model_len + 1) // block_size)
-        token_ids = torch.zeros((slots, info.max_model_len + 1), dtype=torch.int64)
-        tables = torch.zeros((slots, blocks), dtype=torch.int32)
-        tables[-1] = info.num_blocks  # the scratch slot's only block
-        layout = Message(rows, MAX_GROWTHS)
-        self._memory = Memory(
-            token_ids=token_ids.to(self._device),
-            block_tables=tables.to(self._device),
-            message=torch.zeros(layout.size, dtype=torch.int32, device=self._device),
-            layout=layout,
-            inputs=Inputs.on(self._device, rows, tokens, blocks),
-            results=torch.zeros(2 * rows, dtype=torch.int32, device=self._device),
-            kv=kv_cache.allocate(spec, info.num_blocks + 1, block_size, model.dtype, self._device),
-            block_size=block_size,
-            scratch_block=info.num_blocks,
+        limits = Limits(info.max_num_seqs, info.max_num_batched_tokens, info.max_model_len)
+        block_size = config.cache.block_size
+        kv = kv_cache.allocate(
+            model.spec, info.num_blocks + 1, block_size, model.dtype, self._device
         )
-        self._sampler = GpuSampler(
-            self._memory.token_ids, rows, spec.vocab_size, info.eos_token_ids
+        rows = permanent(
+            limits, model.spec.vocab_size, info.eos_token_ids, block_size, device.torch
         )
+        # The scratch slot's only block is the last one.
+        self._memory = replace(rows.memory, kv=kv, scratch_block=info.num_blocks)
+        self._memory.block_tables[-1] = info.num_blocks
+        self._sampler, layout = rows.sampler, self._memory.layout
         self._stages = Stages(
             self._memory,
             model.decoder,
             backend,
             self._sampler,
-            sizes,
+            limits.sizes,
             eager=config.scheduler.enforce_eager,
         )
         self._prompts = PromptLogprobs(self._memory.token_ids, model.decoder)
-        self._logprobs: dict[Slot, int] = {}
-        self._ring = [self._buffers(layout, rows) for _ in range(RING)]
+        self._ring = [self._buffers(layout, layout.rows) for _ in range(RING)]
         self._at = 0
 
     @torch.inference_mode()
@@ -189,18 +233,19 @@ class GpuRunner:
         if not all(step.samples):
             sampled = [row for row, samples in enumerate(step.samples) if samples]
             slots = [step.slots[row] for row in sampled]
-        found, prompt = None, []
-        if self._wants_logprobs(step):
-            # Op by op: a graph keeps nothing of what these are taken from.
+        prompt = []
+        if self._prompts.wanted and not self._prompts.wanted.keys().isdisjoint(step.slots):
+            # Op by op: a graph keeps nothing of the hidden states that these are taken from.
             made = self._stages.compute(size, needs)
-            found = self._find_logprobs(made.logits, sampled, slots)
             prompt = self._prompts.of(step, list(range(len(step.slots))), made.hidden)
         else:
             self._stages.run(size, needs)
-        results = self._memory.results[: 2 * size.rows]
-        buffers.results[: 2 * size.rows].copy_(results, non_blocking=True)
+        layout, wanted = Results(size.rows, needs.scored), self._sampler.wanted
+        used = layout.size
+        buffers.results[:used].copy_(self._memory.results[:used], non_blocking=True)
         buffers.done.record()
-        return GpuStep(buffers, size.rows, sampled, slots, found, prompt)
+        counts = [wanted.get(slot) for slot in slots] if needs.scored else []
+        return GpuStep(buffers, layout, sampled, slots, counts, prompt)
 
     def recover(self) -> None:
         """See `start.Worker`. Graphs hold memory that a step run op by op may need."""
@@ -216,9 +261,6 @@ class GpuRunner:
         row.copy_(tokens, non_blocking=True)
         self._sampler.set(join)
         self._prompts.remember(join)
-        self._logprobs.pop(join.slot, None)
-        if join.params.logprobs is not None:
-            self._logprobs[join.slot] = join.params.logprobs
 
     def _send(self, step: Step, size: Size, buffers: Buffers) -> None:
         """What the stage reads of this step, in one copy."""
@@ -249,27 +291,7 @@ class GpuRunner:
         slots, index, blocks = columns.to(self._device, non_blocking=True)
         self._memory.block_tables[slots, index] = blocks.int()
 
-    def _wants_logprobs(self, step: Step) -> bool:
-        """Whether any of the step's rows asked for log-probabilities, of its answer or prompt."""
-        return not (
-            self._logprobs.keys().isdisjoint(step.slots)
-            and self._prompts.wanted.keys().isdisjoint(step.slots)
-        )
-
-    def _find_logprobs(
-        self, logits: Tensor, sampled: list[int] | None, slots: list[Slot]
-    ) -> tuple[list[int], LogprobColumns] | None:
-        """Of the rows that asked for them, from the logits before any processor."""
-        places = [at for at, slot in enumerate(slots) if slot in self._logprobs]
-        if not places:
-            return None
-        of_step = places if sampled is None else [sampled[at] for at in places]
-        rows = torch.tensor(of_step).to(self._device, non_blocking=True)
-        drawn = self._memory.results[rows].long()
-        wanted: list[int | None] = [self._logprobs[slots[at]] for at in places]
-        return places, logprob_columns(logits[rows].float(), drawn, wanted)
-
     def _buffers(self, layout: Message, rows: int) -> Buffers:
         message = torch.zeros(layout.size, dtype=torch.int32, pin_memory=True)
-        results = torch.zeros(2 * rows, dtype=torch.int32, pin_memory=True)
+        results = torch.zeros(Results(rows, scored=True).size, dtype=torch.int32, pin_memory=True)
         return Buffers(message, message.numpy(), results, torch.cuda.Event())  # type: ignore[no-untyped-call]

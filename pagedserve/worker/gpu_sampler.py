@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pagedserve.kernels.logprobs_gpu import LogprobScratch, Scores, logprobs
 from pagedserve.kernels.sample_gpu import Needs, SamplerRows, SamplerScratch, sample
 from pagedserve.limits import CEILING
 from pagedserve.request import SamplingParams
@@ -26,6 +27,10 @@ class GpuSampler:
         bans = CEILING.stop_token_ids + len(eos_token_ids)
         self._rows = SamplerRows.on(token_ids, biases=CEILING.bias_entries, bans=bans)
         self._scratch = SamplerScratch.on(self._device, rows, vocab_size)
+        slots = token_ids.shape[0]
+        self._wanted = torch.full((slots,), -1, dtype=torch.int32, device=self._device)
+        self._logprob_scratch = LogprobScratch.on(self._device, rows, vocab_size)
+        self.wanted: dict[Slot, int] = {}  # log-probabilities of so many tokens, where asked for
         self._drawn: set[Slot] = set()
         self._filtered: set[Slot] = set()
         self._processed: set[Slot] = set()
@@ -53,6 +58,7 @@ class GpuSampler:
             self._write(rows.bias_values, slot, tuple(bias.values()))
         if bans:
             self._write(rows.ban_ids, slot, tuple(bans))
+        self._want(slot, params.logprobs)
         cuts = params.min_p > 0 or params.top_k > 0 or params.top_p < 1
         note(self._drawn, slot, not params.greedy)
         note(self._filtered, slot, cuts and not params.greedy)
@@ -64,6 +70,7 @@ class GpuSampler:
             drawn=meet(self._drawn, slots),
             filtered=meet(self._filtered, slots),
             processed=meet(self._processed, slots),
+            scored=bool(self.wanted) and not self.wanted.keys().isdisjoint(slots),
         )
 
     def sample(
@@ -71,6 +78,16 @@ class GpuSampler:
     ) -> tuple[Tensor, Tensor]:
         """Token ids [n] int64 and whether the row was finite [n] bool; see `sample_gpu.sample`."""
         return sample(logits, slots, places, self._rows, self._scratch, needs)
+
+    def score(self, logits: Tensor, drawn: Tensor, slots: Tensor, out: Scores) -> None:
+        """Log-probabilities of what was drawn, before any processor, where they are wanted."""
+        logprobs(logits, drawn, self._wanted[slots], out, self._logprob_scratch)
+
+    def _want(self, slot: Slot, count: int | None) -> None:
+        if self.wanted.pop(slot, None) != count:
+            self._wanted[slot] = -1 if count is None else count
+        if count is not None:
+            self.wanted[slot] = count
 
     def _bans(self, params: SamplingParams) -> list[int]:
         """Tokens that may not come before `min_tokens` are written."""

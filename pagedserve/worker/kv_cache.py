@@ -22,6 +22,11 @@ from torch import Tensor
 from pagedserve.errors import StartupError
 from pagedserve.spec import Attn, ModelShape
 
+
+class NoRoom(StartupError):
+    """The cache could not be allocated."""
+
+
 ALIGNMENT = 16  # bytes: what the widest loads of a GPU ask of an address
 
 
@@ -47,7 +52,7 @@ def allocate(
 ) -> list[Tensor]:
     """A view [num_blocks, 1 or 2, block_size, num_kv_heads, head_dim] per layer, of one tensor.
 
-    Raises StartupError, with what was asked for, where there is not so much memory.
+    Raises NoRoom, with what was asked for, where there is not so much memory.
     """
     cached = spec.cached()
     shape = (num_blocks, block_elements(cached, block_size, dtype))
@@ -56,7 +61,7 @@ def allocate(
     # No memory, or a size that is none: of numpy the first two, of torch the last two.
     except (MemoryError, ValueError, RuntimeError, TypeError) as error:
         size = num_blocks * block_bytes(spec, block_size, dtype) / (1 << 30)
-        raise StartupError(
+        raise NoRoom(
             f"no memory for a KV cache of {num_blocks} blocks, {size:.1f} GiB on {device}; lower "
             "--num-gpu-blocks-override or --kv-cache-memory-bytes"
         ) from error

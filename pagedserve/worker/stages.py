@@ -12,7 +12,6 @@ smallest stage that holds it, and pads. The same stage run op by op is the oracl
 
 from __future__ import annotations
 
-import bisect
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -28,22 +27,16 @@ from pagedserve.kernels.rehearsal import rehearsal
 from pagedserve.kernels.sample_gpu import Needs
 from pagedserve.kernels.step_inputs import Inputs, Message
 from pagedserve.models.base import Model
+from pagedserve.worker.faults import is_memory
 from pagedserve.worker.gpu_sampler import GpuSampler
+from pagedserve.worker.results import Results
+from pagedserve.worker.sizes import Size, Sizes
 
 log = logging.getLogger("pagedserve")
 
 MAX_GRAPHS = 400  # the driver keeps some of every graph in memory that no plan counts
 PAUSE_RUNS = 1000  # without captures, after one for which there was no memory
 SEEN_BEFORE_CAPTURE = 1  # runs of a stage before it is worth a graph; the first also warms it up
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """What a stage holds: at most so many rows and tokens. `mixed`: rows may have several."""
-
-    rows: int
-    tokens: int
-    mixed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +48,7 @@ class Memory:
     message: Tensor  # [layout.size] int32
     layout: Message
     inputs: Inputs
-    results: Tensor  # [2 · rows] int32
+    results: Tensor  # int32, see `worker.results`
     kv: list[Tensor]
     block_size: int
     scratch_block: int
@@ -139,7 +132,7 @@ class Stages:
 
     def give_up(self, stage: Stage, error: RuntimeError) -> None:
         """Capture nothing for a while, or any more, and say so."""
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_memory(error):
             self.capture_from = self.num_runs + PAUSE_RUNS
             log.warning(
                 "no memory for a CUDA graph of %s: for %d steps, those without one run op by op, "
@@ -185,6 +178,8 @@ class Stages:
                 inputs = self.memory.inputs.cut(size.rows, size.tokens)
                 for each in others:
                     self.sampler.sample(made.logits, inputs.slots, inputs.places, each)
+                scores = Results(size.rows, scored=True).scores(self.memory.results)
+                self.sampler.score(made.logits, inputs.places, inputs.slots, scores)
         except Exception as error:  # of a compiler, of a driver: the first steps will say it again
             torch.cuda.set_stream(stream)
             log.warning("kernels are compiled when they are first needed: %s", error)
@@ -220,8 +215,12 @@ class Stages:
         last = hidden[inputs.last] if size.mixed else hidden
         logits = self.decoder.head_logits(last)
         drawn, finite = self.sampler.sample(logits, inputs.slots, inputs.places, needs)
-        results = memory.results[: 2 * size.rows]
-        step_inputs.append(drawn, finite, inputs, memory.token_ids, results)
+        results = Results(size.rows, needs.scored)
+        if needs.scored:
+            scores = results.scores(memory.results)
+            self.sampler.score(logits, drawn, inputs.slots, scores)
+        tokens = results.drawn(memory.results)
+        step_inputs.append(drawn, finite, inputs, memory.token_ids, tokens)
         return Made(hidden, logits)
 
 
@@ -242,50 +241,3 @@ def batch_of(size: Size, inputs: Inputs, block_size: int) -> Batch:
         num_decodes=num_decodes,
         block_size=block_size,
     )
-
-
-class Sizes:
-    """The sizes there are stages for."""
-
-    def __init__(self, max_rows: int, max_tokens: int):
-        self.one_token = steps(max_rows, (1, 2, 4), ((8, 32), (16, 256), (32, 512), (64, 1 << 30)))
-        # A mixed stage reads at least two rows, and its sampled rows cost the head's time.
-        self.rows = steps(max_rows, (2, 16, 64), ((128, 256), (256, 1 << 30)))
-        fine = ((32, 256), (64, 1024), (128, 2048), (256, 4096), (512, 1 << 30))
-        self.tokens = steps(max_tokens, (16,), fine)
-
-    def of(self, rows: int, tokens: int) -> Size:
-        """The smallest that holds a step."""
-        if rows == tokens:
-            bucket = self.one_token[bisect.bisect_left(self.one_token, rows)]
-            return Size(bucket, bucket, mixed=False)
-        held = self.rows[bisect.bisect_left(self.rows, rows)]
-        return Size(held, self.tokens[bisect.bisect_left(self.tokens, tokens)], mixed=True)
-
-    def sample(self) -> list[Size]:
-        """Sizes between which kernels do not change: each about twice as large as the last."""
-        one_token = [Size(rows, rows, mixed=False) for rows in doubling(self.one_token)]
-        return one_token + [self.of(2, tokens) for tokens in doubling(self.tokens) if tokens > 2]
-
-    def largest(self) -> tuple[int, int]:
-        """Rows and tokens that memory must hold."""
-        return max(self.rows[-1], self.one_token[-1]), max(self.tokens[-1], self.one_token[-1])
-
-
-def doubling(numbers: list[int]) -> list[int]:
-    """Of ascending numbers the first, then always the next that is twice as large; and the last."""
-    found = numbers[:1]
-    for number in numbers:
-        if number >= 2 * found[-1]:
-            found.append(number)
-    return found if found[-1] == numbers[-1] else [*found, numbers[-1]]
-
-
-def steps(most: int, first: tuple[int, ...], then: tuple[tuple[int, int], ...]) -> list[int]:
-    """`first`, then on by each step up to its limit, until `most` is held."""
-    found = list(first)
-    for step, limit in then:
-        while found[-1] < min(most, limit):
-            found.append(-(-(found[-1] + 1) // step) * step)
-    cut = bisect.bisect_left(found, most)
-    return found[: cut + 1]

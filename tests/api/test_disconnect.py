@@ -21,7 +21,7 @@ def post(server: Server, path: str, body: dict[str, Any]) -> socket.socket:
     sock = socket.create_connection((url.host, url.port))
     payload = msgspec.json.encode(body)
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(payload)}\r\n\r\n"
     )
     sock.sendall(head.encode() + payload)

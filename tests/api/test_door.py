@@ -85,7 +85,7 @@ def test_n_counts_as_n(small: Server) -> None:
 
 def test_streams_open_at_once_are_bounded(small: Server) -> None:
     head = (
-        f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         "Content-Length: 99\r\n\r\n{"
     )
     url = httpx.URL(small.url)

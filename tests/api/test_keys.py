@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pagedserve.api.admission import Tenant
+from pagedserve.api.admission import ANYBODY, EVERYTHING, Scope, Tenant
 from pagedserve.api.keys import MAX_KEYS, Keys
 from pagedserve.errors import RequestError, StartupError
 from tests.api.serving import Server
@@ -45,9 +46,9 @@ def test_lines_are_keys_with_their_options(tmp_path: Path) -> None:
 
 def test_the_flags_key_is_a_tenant_beside_those_of_the_file(tmp_path: Path) -> None:
     alone = Keys("one", None)
-    assert alone and alone.tenant(b"one") == Tenant()
+    assert alone and alone.tenant(b"one") == ANYBODY
     both = Keys("one", write(tmp_path / "keys", "a:k"))
-    assert both.tenant(b"one") == Tenant() and both.tenant(b"k") is not None
+    assert both.tenant(b"one") == ANYBODY and both.tenant(b"k") is not None
     assert len(both.tenants) == 2
     assert not Keys(None, None)
 
@@ -63,7 +64,8 @@ def test_the_flags_key_is_a_tenant_beside_those_of_the_file(tmp_path: Path) -> N
         ("a:sha256:12", "64 hexadecimal digits"),
         ("a:k\nb:k", "line 2: this key stands in the file twice"),
         ("a:k\na:l weight=2", "the lines of 'a' differ"),
-        ("a:k speed=2", "there is no option 'speed'; there are weight"),
+        ("a:k speed=2", "there is no option 'speed'; there are scope, weight"),
+        ("a:k scope=root", "scope must be one of use, metrics, admin"),
         ("a:k weight=0", "weight must be a number from 0.001 to 1000"),
         ("a:k weight=nan", "weight must be a number"),
         ("a:k concurrent=1.5", "concurrent must be an integer"),
@@ -84,6 +86,51 @@ def test_a_bad_file_is_refused_with_the_line_and_without_a_key(
     (tmp_path / "bytes").write_bytes(b"a:\xff")
     with pytest.raises(StartupError, match="no UTF-8"):
         Keys(None, str(tmp_path / "bytes"))
+
+
+def test_a_key_opens_what_its_line_says(tmp_path: Path) -> None:
+    text = "a:k1\nb:k2 scope=use\nc:k3 scope=metrics weight=2\nd:k4 scope=admin"
+    keys = Keys("one", write(tmp_path / "keys", text))
+    found = {key: keys.tenant(key) for key in (b"k1", b"k2", b"k3", b"k4", b"one")}
+    assert {key: tenant and tenant.scope for key, tenant in found.items()} == {
+        b"k1": Scope.USE,
+        b"k2": Scope.USE,
+        b"k3": Scope.METRICS,
+        b"k4": EVERYTHING,
+        b"one": EVERYTHING,
+    }
+    # The holder of the flag's key is one of the file's where the file names him.
+    named = Keys("one", write(tmp_path / "keys", "default:k scope=use"))
+    found_one = named.tenant(b"one")
+    assert found_one is not None and found_one.scope == Scope.USE
+
+
+def test_a_reload_looks_at_once_and_tells_what_came_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, path = Clock(), tmp_path / "keys"
+    keys = Keys(None, write(path, "a:one"), clock)
+    assert keys.tenant(b"one") is not None  # so it is not looked at for a second
+    write(path, "a:two")
+    keys.reload()
+    assert keys.tenant(b"one") is None and keys.tenant(b"two") is not None
+    write(path, "broken")
+    keys.reload()
+    assert keys.tenant(b"two") is not None
+    Keys("alone", None).reload()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
+    assert "two" not in caplog.text and "broken" not in caplog.text
+
+
+def test_digests_are_known_after_a_reload_too(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    keys = Keys("flag", write(path, f"a:one\nb:sha256:{HEX}"))
+    for key in (b"flag", b"one", b"b-key"):
+        assert keys.is_one(hashlib.sha256(key).digest())
+    write(path, "a:two")
+    keys.reload()
+    known = [keys.is_one(hashlib.sha256(key).digest()) for key in (b"flag", b"one", b"two")]
+    assert known == [True, False, True]
 
 
 def test_a_changed_file_holds_and_a_broken_one_changes_nothing(
@@ -125,7 +172,9 @@ def test_a_key_gives_its_requests_no_better_priority_than_its_own() -> None:
 
 
 def test_a_server_tells_keys_apart(checkpoint: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "keys", "flood:f concurrent=3\nother:o\nslow:s requests-per-minute=2")
+    path = write(
+        tmp_path / "keys", "flood:f concurrent=3\nother:o scope=admin\nslow:s requests-per-minute=2"
+    )
     options = {"api_key_file": path, "max_num_seqs": 4, "max_queued_requests": 2}
     with Server(tmp_path / "log", model=str(checkpoint), **options) as server, ExitStack() as stack:
         while server.http.get("/readyz").status_code != 200:
@@ -170,4 +219,9 @@ def test_a_server_tells_keys_apart(checkpoint: Path, tmp_path: Path) -> None:
             deadline -= 1
             time.sleep(0.05)
         assert post("o").status_code == 401 and post("o2").status_code == 200
+        write(Path(path), "other:o3")
+        server.signal(signal.SIGHUP)
+        while server.output.count("--api-key-file was read again") < 2:
+            time.sleep(0.02)
+        assert post("o2").status_code == 401 and post("o3").status_code == 200
         assert "Traceback" not in server.output

@@ -26,7 +26,7 @@ def connect(server: Server) -> socket.socket:
 
 def head(size: int) -> bytes:
     """A GET whose head has `size` bytes."""
-    start = b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: "
+    start = b"GET /version HTTP/1.1\r\nHost: localhost\r\nX-Long: "
     return start + b"x" * (size - len(start) - len(END)) + END
 
 
@@ -105,7 +105,9 @@ def test_heads_up_to_the_limit_are_taken_again_and_again(server: Server) -> None
 
 def test_bodies_are_not_counted_as_heads(server: Server) -> None:
     body = json.dumps({"prompt": "hi", "max_tokens": 1, "user": "x" * 300_000}).encode()
-    start = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    start = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    )
     whole = start + b"Content-Length: %d" % len(body) + END + body
     chunks = b"".join(
         b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:70_000], body[70_000:])
@@ -118,7 +120,9 @@ def test_bodies_are_not_counted_as_heads(server: Server) -> None:
 
 
 def test_trailers_are_counted(server: Server) -> None:
-    start = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    start = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
     with connect(server) as sock:
         sock.sendall(start + b"2\r\n{}\r\n0\r\n")
         assert send_until_closed(sock, b"X-Trailer: y\r\n" * 1000, 1000) < 900
@@ -126,7 +130,7 @@ def test_trailers_are_counted(server: Server) -> None:
 
 
 def test_many_pipelined_requests_are_no_long_head(server: Server) -> None:
-    one = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    one = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with connect(server) as sock:
         sock.sendall(one * 5000)
         received = b""

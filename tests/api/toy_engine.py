@@ -43,6 +43,7 @@ from pagedserve.request import Request
 from pagedserve.step import TokenLogprobs
 
 DIE, FAIL, SLOW, NEVER, BEGUN, HANG, RAISE = 6661, 6662, 6663, 6664, 6665, 6666, 6667
+PLACES = " of /very/secret/weights.bin at 0x7f0011223344"  # that no client may see
 MAX_MODEL_LEN = 2048
 STEP_SECONDS = 0.001
 BEAT_SECONDS = 0.1  # between signs of life of an idle toy
@@ -119,7 +120,7 @@ class Toy:
         if order == DIE and row.written == 2:
             os._exit(3)
         if order == RAISE and row.written == 2:
-            self.channel.send(Dead("RuntimeError: a toy exception"))
+            self.channel.send(Dead(f"RuntimeError: a toy exception{PLACES}"))
             os._exit(1)
         if order == HANG and row.written == 2:
             time.sleep(600)

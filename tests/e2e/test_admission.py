@@ -24,7 +24,7 @@ SHORT = {"prompt": "12 + 34 = ", "max_tokens": 4, "temperature": 0}
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server of two keys with room for four sequences at a time."""
     folder = tmp_path_factory.mktemp("shared")
-    (folder / "keys").write_text("flood:f\nlight:l\n")
+    (folder / "keys").write_text("flood:f\nlight:l\nscrape:m scope=metrics\n")
     flags = ("--api-key-file", str(folder / "keys"), "--max-num-seqs", "4")
     live = LiveServer(folder / "log", *flags).ready()
     yield live
@@ -39,7 +39,7 @@ def client(server: LiveServer, key: str) -> httpx.Client:
 
 def figures(server: LiveServer) -> dict[str, float]:
     """The figures of /metrics, by name and the label that is not the model's."""
-    with client(server, "l") as http:
+    with client(server, "m") as http:
         text = http.get("/metrics").text
     return {
         " ".join([sample.name.removeprefix("pagedserve:"), *labels_of(sample.labels)]): sample.value

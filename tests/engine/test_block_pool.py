@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pagedserve.engine.block_pool import ROOT, BlockPool, chain_hash
+from pagedserve.engine.block_pool import BlockPool, chain_hash, root_hash
 
 
 class NaivePool:
@@ -109,10 +109,18 @@ def test_the_least_recently_released_prefix_is_evicted_first_and_its_end_before_
 
 
 def test_chain_hashes_depend_on_every_token_before() -> None:
-    one = chain_hash(chain_hash(ROOT, [1, 2]), [3, 4])
-    assert one == chain_hash(chain_hash(ROOT, [1, 2]), [3, 4])
-    assert one != chain_hash(chain_hash(ROOT, [1, 5]), [3, 4])
-    assert one != chain_hash(ROOT, [1, 2, 3, 4])
+    root = root_hash("")
+    one = chain_hash(chain_hash(root, [1, 2]), [3, 4])
+    assert one == chain_hash(chain_hash(root, [1, 2]), [3, 4])
+    assert one != chain_hash(chain_hash(root, [1, 5]), [3, 4])
+    assert one != chain_hash(root, [1, 2, 3, 4])
+    assert one != chain_hash(chain_hash(root_hash("0"), [1, 2]), [3, 4])
+
+
+def test_a_salt_is_no_beginning_of_another() -> None:
+    salts = ["", "0", "1", "10", "1" + "\0" * 8, "1" + "\x01" + "\0" * 7, "é", "é" * 1000]
+    chains = {chain_hash(root_hash(salt), tokens) for salt in salts for tokens in ([1], [1, 1])}
+    assert len(chains) == 2 * len(salts)
 
 
 def test_a_reset_forgets_content_and_keeps_holders() -> None:

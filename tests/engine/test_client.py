@@ -94,7 +94,7 @@ def test_an_exception_is_the_cause_that_a_request_learns_in_the_end(bed: Bed) ->
     bed.until(lambda: sink.error is not None)
     assert sink.error is not None and sink.error.code == "request_quarantined"
     assert "died 3 times in a row" in str(sink.error)
-    assert str(sink.error).endswith("RuntimeError: a toy exception")
+    assert "RuntimeError: a toy exception" in str(sink.error)
     assert (sink.tokens, sink.calls) == ([5, 6], ["started", "failed"])
     assert bed.client.num_quarantined == 1
     later = bed.submit(SLOW, max_tokens=3)

@@ -1,5 +1,6 @@
 """Single decisions of the scheduler."""
 
+import msgspec
 import pytest
 
 from pagedserve.engine.block_pool import BlockPool
@@ -76,6 +77,71 @@ def test_an_equal_prompt_is_taken_from_the_cache_but_for_its_last_token() -> Non
     step, _ = advance(s)
     assert (step.starts, step.counts) == ([4], [4])  # the second block holds the last token
     assert s.num_prefix_hits == 4
+
+
+def alike(id: int, shared: int, own: int, **params) -> Request:
+    """A request that begins as others do, for `shared` tokens."""
+    prompt = [1 + i % 5 for i in range(shared)] + [10 + id + i % 3 for i in range(own)]
+    params.setdefault("max_tokens", 8)
+    return Request(id, prompt, SamplingParams(**params), 0, 0, float(id))
+
+
+def test_a_burst_that_begins_alike_waits_for_the_first_to_compute_the_beginning() -> None:
+    s = scheduler(blocks=400, budget=2000)
+    for id in range(1, 4):
+        s.add(alike(id, 400, 20))
+    first = s.schedule()
+    assert first is not None and first.counts == [420]
+    second = s.schedule()  # overlapped: the others' beginning is on its way
+    assert second is not None and second.starts == [420]
+    s.commit(first, StepOutput([9]))
+    third = s.schedule()
+    assert third is not None
+    assert third.starts == [421, 400, 400] and third.counts == [1, 20, 20]
+    s.commit(second, StepOutput([9]))
+    s.commit(third, StepOutput([9, 9, 9]))
+    assert s.num_prefix_hits == 800
+
+
+@pytest.mark.parametrize(
+    ("shared", "own"), [(200, 20), (300, 400)], ids=["little", "less than half"]
+)
+def test_nobody_waits_for_a_small_part_of_a_prompt(shared: int, own: int) -> None:
+    s = scheduler(blocks=800, budget=4000)
+    for id in range(1, 4):
+        s.add(alike(id, shared, own))
+    step, _ = advance(s)
+    assert step.counts == [shared + own] * 3
+
+
+def test_who_waits_for_a_beginning_computes_it_where_it_does_not_come() -> None:
+    s = scheduler(blocks=400, budget=2000)
+    s.add(alike(1, 400, 20))
+    s.add(alike(2, 400, 20))
+    first = s.schedule()
+    assert first is not None
+    s.abort(1)
+    assert s.schedule() is None
+    s.commit(first, StepOutput([9]))
+    step, _ = advance(s)
+    assert step.starts == [0] and step.counts == [420] and not s.num_prefix_hits
+
+
+def test_nobody_waits_where_nothing_is_cached() -> None:
+    s = scheduler(blocks=400, budget=2000)
+    s.pool.caching = False
+    s.add(alike(1, 400, 20))
+    s.add(alike(2, 400, 20))
+    step, _ = advance(s)
+    assert step.counts == [420, 420]
+
+
+def test_an_equal_prompt_of_another_salt_is_computed() -> None:
+    s = scheduler()
+    for id, salt in enumerate(("0", "1", "1", "0", "")):
+        s.add(msgspec.structs.replace(request(id, length=8, max_tokens=1), cache_salt=salt))
+        advance(s)
+    assert s.take_started() == [(0, 0), (1, 0), (2, 4), (3, 4), (4, 0)]
 
 
 def test_the_cached_tokens_are_reported_also_when_the_first_chunk_samples_nothing() -> None:

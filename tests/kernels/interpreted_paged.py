@@ -102,7 +102,7 @@ def test_old_gpus_are_refused() -> None:
 @pytest.mark.parametrize("rows", ([(150, 1)], [(1, 1), (37, 1), (100, 1), (16, 1), (9, 4)]))
 def test_any_number_of_bins_gives_the_same(bins: int, rows: list[tuple[int, int]]) -> None:
     case = paged(PLAIN, rows)
-    shape = shape_of(PLAIN, case.kv)
+    shape = shape_of(PLAIN, case.kv.shape[2], case.kv.dtype)
     tuning = paged_decode.Tuning(16, bins, 1, 4, 2)
     plan = paged_decode.plan_decode(
         shape, tuning, case.block_tables, case.seq_lens, case.query_start_loc

@@ -24,8 +24,12 @@ from pagedserve.models.loading import load_model
 from pagedserve.request import SamplingParams
 from pagedserve.step import BlockId, Join, Slot, Step
 from pagedserve.worker import gpu_runner
-from pagedserve.worker.gpu_runner import Buffers, GpuRunner
+from pagedserve.worker.gpu_runner import Buffers, GpuRunner, permanent
+from pagedserve.worker.kv_cache import block_bytes
+from pagedserve.worker.memory import tensor_bytes
+from pagedserve.worker.results import Results
 from pagedserve.worker.runner import Runner
+from pagedserve.worker.sizes import Limits
 from pagedserve.worker.start import Worker, make, settle
 from tests.checkpoints import tiny_checkpoint
 from tests.worker.breaking import Breaking, now_and_then, requests_of, serve
@@ -51,7 +55,8 @@ class Interpreted(GpuRunner):
     def _buffers(self, layout: Message, rows: int) -> Buffers:
         message = torch.zeros(layout.size, dtype=torch.int32)
         done = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
-        return Buffers(message, message.numpy(), torch.zeros(2 * rows, dtype=torch.int32), done)
+        results = torch.zeros(Results(rows, scored=True).size, dtype=torch.int32)
+        return Buffers(message, message.numpy(), results, done)
 
 
 @pytest.fixture
@@ -110,12 +115,36 @@ def test_log_probabilities_are_those_of_the_plain_runner(tmp_path: Path) -> None
         assert abs(one.logprob - two.logprob) < 1e-4
 
 
+def test_a_row_that_asks_for_log_probabilities_before_it_draws(tmp_path: Path) -> None:
+    tiny_checkpoint("llama", tmp_path, num_hidden_layers=1, vocab_size=97)
+    first = Join(Slot(0), [3, 4], 2, SamplingParams(temperature=0.0), seed=1)
+    asking = Join(Slot(1), [5] * 9, 9, SamplingParams(temperature=0.0, logprobs=4), seed=2)
+    blocks = [BlockId(i) for i in range(4)]
+    grown = [[Slot(0), *[Slot(1)] * 3], [0, 0, 1, 2], blocks]
+    slots = [Slot(0), Slot(1)]
+    answers = []
+    for worker in workers(tmp_path):
+        outputs = [
+            worker.launch(step).result()
+            for step in (
+                Step(0, [first, asking], slots, [0, 0], [2, 6], [True, False], *grown),
+                Step(1, [], slots, [2, 6], [1, 3], [True, True], [], [], []),
+                Step(2, [], [Slot(0)], [3], [1], [True], [], [], []),
+            )
+        ]
+        assert [bool(output.logprobs) for output in outputs] == [False, True, False]
+        assert outputs[1].logprobs[0] is None
+        entry = outputs[1].logprobs[1]
+        answers.append(([output.token_ids for output in outputs], entry.rank, entry.top_ids))
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize(
     "options",
     (
         {"max_num_seqs": 1},
         {"max_num_seqs": 5, "max_num_batched_tokens": 3},
-        {"max_model_len": 30, "num_gpu_blocks_override": 7},
+        {"max_model_len": 30, "num_gpu_blocks_override": 8},
         {"max_num_seqs": 9, "max_num_batched_tokens": 40, "num_gpu_blocks_override": 30},
     ),
     ids=str,
@@ -155,6 +184,23 @@ def test_experts_do_not_notice_what_padding_holds(
 def experts_of_a_gpu(device: Device, weights: ExpertWeights) -> moe.GpuExperts:
     w, how = weights, {"act": weights.act, "limit": weights.limit}
     return moe.GpuExperts.of(w.up, w.down, w.up_bias, w.down_bias, **how)
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"max_num_seqs": 9, "max_num_batched_tokens": 40}), ids=str
+)
+def test_the_plan_counts_what_the_runner_keeps(tmp_path: Path, options: dict[str, int]) -> None:
+    tiny_checkpoint("llama", tmp_path, num_hidden_layers=1, vocab_size=97)
+    _, ours = workers(tmp_path, **options)
+    info = ours.info
+    limits = Limits(info.max_num_seqs, info.max_num_batched_tokens, info.max_model_len)
+    outline = permanent(limits, 97, [2], BLOCK_SIZE, torch.device("meta"))
+    cache = (info.num_blocks + 1) * block_bytes(ours._model.spec, BLOCK_SIZE, torch.float32)
+    weights = tensor_bytes(ours._model)
+    assert tensor_bytes(outline) > 0
+    # The cache's layers are views; of one layer, its bytes are all.
+    held = tensor_bytes([ours._memory, ours._sampler, ours._model])
+    assert held == tensor_bytes(outline) + cache + weights
 
 
 def test_steps_that_break_off_change_no_token(tmp_path: Path, poisoned: None) -> None:

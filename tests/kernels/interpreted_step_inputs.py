@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from pagedserve.kernels import step_inputs
 from pagedserve.kernels.step_inputs import HEADER, Inputs, Message, append, make_inputs
 
 SLOTS, LENGTH, BLOCKS, PAGE = 9, 41, 11, 4
@@ -16,17 +17,31 @@ SCRATCH_BLOCK = 99
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_inputs_are_those_of_a_walk_over_the_rows(mixed: bool, seed: int) -> None:
-    choice = random.Random(seed)
-    token_ids = torch.randint(0, 1000, (SLOTS + 1, LENGTH + 1))
-    tables = torch.randint(0, 90, (SLOTS + 1, BLOCKS), dtype=torch.int32)
+    check(mixed, random.Random(seed), most_rows=6, num_slots=SLOTS)
+
+
+def test_more_rows_than_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    for at, together in enumerate((1, 2, 4)):
+        monkeypatch.setattr(step_inputs, "ROWS", together)
+        check(at != 1, random.Random(at), most_rows=9, num_slots=SLOTS)
+
+
+def test_more_than_a_thousand_rows() -> None:
+    check(True, random.Random(1), most_rows=1300, num_slots=1400)
+
+
+def check(mixed: bool, choice: random.Random, *, most_rows: int, num_slots: int) -> None:
+    token_ids = torch.randint(0, 1000, (num_slots + 1, LENGTH + 1))
+    tables = torch.randint(0, 90, (num_slots + 1, BLOCKS), dtype=torch.int32)
     tables[-1] = SCRATCH_BLOCK
-    real = choice.randint(1, 6)
-    slots = choice.sample(range(SLOTS), real)
+    real = choice.randint(most_rows * 4 // 5, most_rows) if most_rows > 6 else choice.randint(1, 6)
+    slots = choice.sample(range(num_slots), real)
     starts = [choice.randint(0, LENGTH - 12) for _ in slots]
     counts = [choice.randint(1, 9) if mixed else 1 for _ in slots]
     samples = [choice.random() < 0.6 for _ in slots]
     grown = {
-        (choice.randrange(SLOTS), choice.randrange(BLOCKS)) for _ in range(choice.choice([0, 5]))
+        (choice.randrange(num_slots), choice.randrange(BLOCKS))
+        for _ in range(choice.choice([0, 5]))
     }
     rows = real + choice.randint(1, 3)
     tokens = sum(counts) + choice.randint(0, 70) if mixed else rows
@@ -62,7 +77,7 @@ def test_inputs_are_those_of_a_walk_over_the_rows(mixed: bool, seed: int) -> Non
     ends = torch.tensor([0, *counts, *padding]).cumsum(0)
     assert inputs.query_start_loc.tolist() == ends.tolist()
     assert inputs.last[:real].tolist() == (ends[1 : real + 1] - 1).tolist()
-    assert inputs.slots.tolist() == slots + [SLOTS] * (rows - real)
+    assert inputs.slots.tolist() == slots + [num_slots] * (rows - real)
     for r in range(real):
         needed = -(-lengths[r] // PAGE)
         assert torch.equal(inputs.block_tables[r, :needed], tables[slots[r], :needed])
@@ -75,5 +90,5 @@ def test_inputs_are_those_of_a_walk_over_the_rows(mixed: bool, seed: int) -> Non
     for r in range(real):
         if samples[r]:
             before[slots[r], lengths[r]] = drawn[r]
-    assert torch.equal(token_ids[:SLOTS], before[:SLOTS])
+    assert torch.equal(token_ids[:num_slots], before[:num_slots])
     assert results.tolist() == drawn.tolist() + finite.int().tolist()

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from pagedserve.kernels import sample, sample_gpu
+from pagedserve.kernels.logprobs_gpu import LogprobScratch, Scores, logprobs
 from pagedserve.kernels.sample_gpu import SamplerRows, SamplerScratch
 from pagedserve.worker.sampler import keep_top
 
 SLOTS = 10
+UNSET = -7
 # By slot: temperature, min_p, top_p, top_k.
 PARAMETERS = (
     (0.0, 0.0, 1.0, 0),
@@ -120,10 +122,15 @@ def check_sampling(
     return sum(int(got[i]) != tokens[i] for i in good)
 
 
+def results_of(device: torch.device, rows: int, most: int) -> Scores:
+    """Unset."""
+    ids = torch.full((rows + 1, most), UNSET, dtype=torch.int32, device=device)
+    floats = torch.full((rows + 1, most), torch.nan, device=device)
+    return Scores(floats[rows, :rows], ids[rows, :rows], ids[:rows], floats[:rows])
+
+
 def check_logprobs(device: torch.device, vocab: int, kind: str) -> None:
     """Logprob, rank and the likeliest, equal logits in the order of their ids."""
-    from pagedserve.kernels.logprobs_gpu import LogprobScratch, logprobs
-
     logits = torch.randn(5, vocab, device=device) * 3
     if kind == "rounded":
         logits = logits.bfloat16()
@@ -137,12 +144,16 @@ def check_logprobs(device: torch.device, vocab: int, kind: str) -> None:
     scratch = LogprobScratch.on(device, 5, vocab)
     scratch.group_max.fill_(float("nan"))
     scratch.candidate_values.fill_(float("nan"))
-    got, ranks, top_ids, top = logprobs(logits, tokens, wanted, 20, scratch)
+    out = results_of(device, 5, 20)
+    logprobs(logits, tokens, wanted, out, scratch)
+    got, ranks, top_ids, top = out.logprobs, out.ranks, out.top_ids, out.top_logprobs
     expected = logits.float().log_softmax(-1)
     order = torch.sort(logits.float(), descending=True, stable=True).indices
     for i, k in enumerate(wanted.tolist()):
         if k < 0:
+            assert got[i].isnan() and ranks[i] == UNSET and (top_ids[i] == UNSET).all()
             continue
+        assert (top_ids[i, k:] == UNSET).all() and top[i, k:].isnan().all()
         k = min(k, vocab)
         assert torch.allclose(got[i], expected[i, tokens[i]], atol=1e-4)
         assert ranks[i] == (logits[i] > logits[i, tokens[i]]).sum() + 1

@@ -110,7 +110,7 @@ def test_windows_are_right_where_bulk_copies_are(feature: str) -> None:
     if processors.capability != (9, 0):
         pytest.skip("needs a GPU of capability 9.0")
     case = paged(FEATURES[feature], ROWS, block_size=16, **BFLOAT16)
-    shape = shape_of(case.attn, case.kv)
+    shape = shape_of(case.attn, case.kv.shape[2], case.kv.dtype)
     plan = paged_prefill.plan_prefill(
         paged_prefill_wgmma.TILE_TOKENS,
         case.q.shape[0],

@@ -5,7 +5,7 @@ A key is checked where it stands; whether it must stand there is for the family'
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,22 +17,18 @@ SIZES = (
     "intermediate_size",
     "vocab_size",
     "max_position_embeddings",
-    "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
     "n_embd",
     "n_inner",
-    "n_layer",
     "n_head",
     "n_positions",
     "d_model",
     "ffn_dim",
     "ffn_hidden_size",
     "num_kv_heads",
-    "num_layers",
     "num_heads",
-    "n_layers",
     "n_heads",
     "attention_heads",
     "max_seq_len",
@@ -61,6 +57,9 @@ SIZES = (
     "qk_rope_head_dim",
     "v_head_dim",
 )
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+LARGEST = sys.float_info.max
+MAX_LAYERS = 10_000  # a spec lists every layer: a mistyped count must not fill the memory
 COUNTS = ("sliding_window", "max_window_layers")  # of layers that may not slide at all
 NUMBERS = (
     "rms_norm_eps",
@@ -189,6 +188,7 @@ def check_values(
     """
     for keys, is_right, words in (
         (SIZES, is_size, "a positive integer"),
+        (DEPTHS, is_depth, f"a positive integer up to {MAX_LAYERS}"),
         (COUNTS, is_integer, "an integer"),
         (NUMBERS, is_number, "a number"),
         (FLAGS, is_flag, "true or false"),
@@ -228,8 +228,12 @@ def is_size(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
+def is_depth(value: Any) -> bool:
+    return is_size(value) and bool(value <= MAX_LAYERS)
+
+
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= LARGEST  # false for NaN
 
 
 def is_positive(value: Any) -> bool:

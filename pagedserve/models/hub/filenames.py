@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ SMALL = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.tiktoken", "merges.txt
 TOKENIZER = ("tokenizer.json", "tekken.json", "*.model", "*.model.v*", "*.tiktoken", "vocab.*")
 NOT_NEEDED = ("*.bin.index.json", "model.*.index.json", "trainer_state.json", "*_results.json")
 NAMES_SHOWN = 8
+MAX_NAME_BYTES = 255  # of every common file system
 
 
 def is_small(name: str) -> bool:
@@ -46,9 +48,18 @@ def weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise StartupError(f"{index} has no weight_map: it must name the file of every tensor")
     for name, shard in found.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not is_file_name(shard):
             raise StartupError(f"{index}: the file of {name} must be a name, got {shard!r}")
     return found
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file of a directory can have this name; asking for another raises all sorts."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return Path(name).name == name and b"\0" not in encoded and len(encoded) <= MAX_NAME_BYTES
 
 
 def lacking(index: Path) -> list[str]:

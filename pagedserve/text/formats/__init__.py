@@ -77,7 +77,11 @@ def read_own(file: Path) -> Backend:
     """The library's own file."""
     try:
         return Backend.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the library raises bare Exception, and its panics not even that
         raise StartupError(f"{file} cannot be read: {error}") from error
 
 

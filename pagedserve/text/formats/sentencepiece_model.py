@@ -39,9 +39,9 @@ def load(file: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
         model.dummy_prefix = False
     try:
         backend = Backend(algorithm(dataclasses.replace(model, pieces=pieces)))
+        backend.normalizer = normalizers.Sequence(normalizing(model))
     except Exception as error:  # the library raises bare Exception
         raise StartupError(f"{file} cannot be used: {error}") from error
-    backend.normalizer = normalizers.Sequence(normalizing(model))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         prefixing(model, every_part=flag(config, "legacy", True)) + splitting(model, pieces)
     )
