@@ -26,7 +26,7 @@ from pagedserve.kernels.capability import has_small_memory
 
 log = logging.getLogger("pagedserve")
 
-FORMAT = 1
+FORMAT = 2
 GEMV_ROWS, SPLIT_ROWS = 1, 64
 # Rows → the largest matrix for which `skinny` was the fastest; at 1 row a gemv is, from there on.
 SKINNY_WEIGHTS = {1: 8 << 20, 2: 1 << 62, 4: 1 << 62, 8: 1 << 62, 16: 32 << 20, 32: 8 << 20}

@@ -98,9 +98,12 @@ def test_findings_of_another_gpu_or_none_are_none(tmp_path: Path) -> None:
     assert dispatch.findings(path, IDENTITY) == {}
     dispatch.save(Table(132, 90, {"1x2x3": Library()}), path, IDENTITY)
     assert dispatch.findings(path, IDENTITY | {"gpu": "another"}) == {}
+    older = path.read_text().replace(f'"format": {dispatch.FORMAT}', '"format": 1')
+    path.write_text(older)
+    assert dispatch.findings(path, IDENTITY) == {}
 
 
-@pytest.mark.parametrize("text", ("", "[]", '{"format": 1}', '{"format": 1, "identity": {}}'))
+@pytest.mark.parametrize("text", ("", "[]", '{"format": 2}', '{"format": 2, "identity": {}}'))
 def test_a_file_that_is_no_table_is_said_and_not_used(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
