@@ -105,6 +105,9 @@ def test_a_traceback_quotes_little_unless_prompts_are_logged() -> None:
         assert "test_logs.py" in quiet  # where it happened stays
         loud = Redacting("%(message)s", quote=True).format(record("failed", error=error))
         assert prompt in loud
+    cached = record("failed", error=error)
+    logging.Formatter().format(cached)  # another handler was first, and left what it made
+    assert "knee" not in Redacting("%(message)s").format(cached)
     short = raised(lambda: KeyError("max_tokens"))
     assert "KeyError: 'max_tokens'" in Redacting("%(message)s").format(record("x", error=short))
 
