@@ -154,11 +154,15 @@ def refusal(
 
 
 def tune(shape: Shape, rows: int, processors: int) -> Tuning:
-    """As many blocks a row as keep about two on a processor."""
+    """As many blocks a row as keep about four on a processor; pairs of tiles where it has but one.
+
+    Lengths are not known where a graph is captured. Fewer blocks a row would be faster for many
+    rows of equal length, and much slower where one is long.
+    """
     cluster = MAX_CLUSTER
-    while cluster > 1 and rows * shape.kv_heads * cluster > 2 * processors:
+    while cluster > 1 and rows * shape.kv_heads * cluster > 4 * processors:
         cluster //= 2
-    return Tuning(cluster)
+    return Tuning(cluster, tiles=2 if rows * shape.kv_heads * cluster <= processors else 1)
 
 
 def paged_decode_cuda(
