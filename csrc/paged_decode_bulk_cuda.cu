@@ -716,7 +716,8 @@ extern "C" int paged_decode_bulk_fit(int dim, int half, int heads, int stages) {
 }
 
 // Describe one layer's part of the cache, [blocks, 2, page, kv_heads, dim], in `map`, the 128 bytes,
-// aligned to 64, of a CUtensorMap, for copies of `heads` heads; a CUDA error, or 0. Strides in numbers.
+// aligned to 64, of a CUtensorMap, for copies of `heads` heads; a CUDA error, or 0. Strides in
+// numbers.
 extern "C" int paged_decode_bulk_describe(void* map, const void* kv, int64_t blocks,
                                           int64_t block_stride, int64_t part_stride, int page,
                                           int kv_heads, int heads, int dim, int half) {
@@ -753,9 +754,9 @@ extern "C" int paged_decode_bulk_plan(const int* seq_lens, const int* query_star
                               chunk, least);
 }
 
-// Launch a block of threads a bin and `heads` key/value heads on `stream`; a CUDA error, or 0. `dependent`: as in
-// Launch. See Arguments and the top of the file for the rest; what is
-// wrong with them is the caller's to find.
+// Launch a block of threads a bin and `heads` key/value heads on `stream`; a CUDA error, or 0.
+// `dependent`: as in Launch. See Arguments and the top of the file for the rest; what is wrong with
+// them is the caller's to find.
 extern "C" int paged_decode_bulk(const void* map, const void* q, void* out, const int* table,
                                  const int* seq_lens, const int* query_start, const int* starts,
                                  const void* records, int* flags, float* parts, float* sums,
