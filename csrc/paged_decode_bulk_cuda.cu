@@ -213,14 +213,7 @@ __device__ __forceinline__ void copy_bin(const CUtensorMap& map, const Arguments
         begins = __ldcg(a.starts + row), ends = __ldcg(a.starts + row + 1);
         length = __ldcg(a.seq_lens + row), token = __ldcg(a.query_start + row);
     };
-    const auto entry = [&](int row, int number) {  // of a row's tile, and of those behind it
-        const int at = min((number + lane) >> a.page_shift, a.table_width - 1);
-        return __ldcg(a.table + row * a.table_stride + at);
-    };
     read_rows();
-    int ids = 0;  // lane l: entry of tile start + (i & ~31) + l
-    bool known = bin.begin < bin.stop && !a.window && !a.chunk;  // without the row's length
-    if (known) ids = entry(bin.row, bin.begin - bin.row_begin);
     Place place;
     for (int tile = bin.begin; tile < bin.stop;) {
         unsigned found;
@@ -229,6 +222,7 @@ __device__ __forceinline__ void copy_bin(const CUtensorMap& map, const Arguments
         const int row_begin = __shfl_sync(~0u, begins, r), row_stop = __shfl_sync(~0u, ends, r);
         const int row_length = __shfl_sync(~0u, length, r), row_token = __shfl_sync(~0u, token, r);
         const int first = first_seen(row_length, a.window, a.chunk);
+        const int* table = a.table + (base + r) * a.table_stride;
         const int start = tile, stop = min(row_stop, bin.stop);
         const int offset = first / TILE - row_begin;  // tile + offset: the tile's number in its row
         int after = FINISH << 1;
@@ -240,10 +234,13 @@ __device__ __forceinline__ void copy_bin(const CUtensorMap& map, const Arguments
                         << 1 |
                     cut.count << 4;
         }
+        int ids = 0;  // lane l: entry of tile start + (i & ~31) + l
         for (; tile < stop; ++tile) {
             const int i = tile - start, number = tile + offset;
-            if (i % 32 == 0 && !known) ids = entry(base + r, number);
-            known = false;
+            if (i % 32 == 0) {
+                const int entry = min((number + lane) >> a.page_shift, a.table_width - 1);
+                ids = __ldcg(table + entry);
+            }
             const int id = __shfl_sync(~0u, ids, i % 32);
             if (!waited && tile == row_stop - 1) {  // the newest token is in it
                 wait_for_earlier_kernels();
@@ -451,29 +448,22 @@ __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, c
     };
     const auto part_of = [&](int bin, int slot) { return (bin * 2 + slot) * a.kv_heads + kv_head; };
 
-    uint32_t queries[D / 16][2];
-    const auto read_queries = [&](int token) {
-        const uint32_t* at = reinterpret_cast<const uint32_t*>(
-            static_cast<const T*>(a.q) + token * a.q_stride + (first_head + n) * D + 2 * q);
-#pragma unroll
-        for (int j = 0; j < D / 16; ++j) {
-            queries[j][0] = n < a.group ? __ldcg(at + 8 * j) : 0;
-            queries[j][1] = n < a.group ? __ldcg(at + 8 * j + 4) : 0;
-        }
-    };
     Place place;
     Sums<T, D> sums;
-    sums.clear();
-    if (bin.begin < bin.stop) read_queries(__ldcg(a.query_start + bin.row));
-    bool fresh = true;  // the first row's queries are there before its keys
+    uint32_t queries[D / 16][2];
     for (int left = bin.stop - bin.begin; left > 0; --left) {
         wait_for(ring.full + 8 * place.stage, place.parity);
         const Tile tile = ring.tiles[place.stage];
-        if ((tile.action & 1) && !fresh) {
+        if (tile.action & 1) {
             sums.clear();
-            read_queries(tile.token);
+            const uint32_t* at = reinterpret_cast<const uint32_t*>(
+                static_cast<const T*>(a.q) + tile.token * a.q_stride + (first_head + n) * D + 2 * q);
+#pragma unroll
+            for (int j = 0; j < D / 16; ++j) {
+                queries[j][0] = n < a.group ? __ldcg(at + 8 * j) : 0;
+                queries[j][1] = n < a.group ? __ldcg(at + 8 * j + 4) : 0;
+            }
         }
-        fresh = false;
         // Two sums a half tile: the chain of products is half as long.
         float scores[2][2][4] = {};
 #pragma unroll
