@@ -203,7 +203,7 @@ def many_rows_time(
 ) -> float:
     """As `few_rows_time`; planning is not in it."""
     plan = paged_decode_bulk.plan_bulk(
-        case.shape, tuning, case.block_tables, case.seq_lens, case.query_start_loc
+        native, case.shape, tuning, case.block_tables, case.seq_lens, case.query_start_loc
     )
     maps = paged_decode_bulk.CacheMaps(native)
 
