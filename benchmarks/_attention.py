@@ -72,12 +72,8 @@ PREFILL = {  # name → (tokens, context) of each row
     "1×32k": [(32768, 32768)],
     "mixed 100…1.5k": [(100 + 90 * row,) * 2 for row in range(16)],
 }
-# Of the CUDA kernel: cluster, warps, tiles at a time, turns ahead, tiles asked of L2.
-FEW_ROWS_SWEEP = [
-    (cluster, 4, tiles, depth, 0)
-    for cluster in (4, 8, 16)
-    for tiles, depth in ((1, 0), (2, 0), (1, 2), (2, 2))
-]
+# Of the CUDA kernel for few rows: cluster, stages.
+FEW_ROWS_SWEEP = [(cluster, stages) for cluster in (2, 4, 8, 16) for stages in (1, 2)]
 # tile, programs a processor, tokens of a bin at least, warps, stages
 DECODE_SWEEP = {
     COMMON: [
@@ -192,9 +188,8 @@ def few_rows(case: Case, processors: Processors, sweep: bool) -> dict[str, float
         return {}
     chosen = paged_decode_cuda.tune(case.shape, len(case.seq_lens), processors.count)
     tunings = {"CUDA": chosen}
-    for cluster, warps, tiles, depth, ahead in FEW_ROWS_SWEEP if sweep else []:
-        name = f"CUDA c{cluster} w{warps} t{tiles} d{depth}" + (f" +{ahead}" if ahead else "")
-        tunings[name] = paged_decode_cuda.Tuning(cluster, warps, tiles, depth, ahead)
+    for cluster, stages in FEW_ROWS_SWEEP if sweep else []:
+        tunings[f"CUDA ×{cluster} s{stages}"] = paged_decode_cuda.Tuning(cluster, stages)
     return {how: few_rows_time(case, native, tuning) for how, tuning in tunings.items()}
 
 

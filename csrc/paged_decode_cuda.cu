@@ -39,6 +39,7 @@ namespace {
 constexpr int TILE = 16;      // tokens, k of an mma
 constexpr int MAX_GROUP = 8;  // n of an mma
 constexpr int MAX_CLUSTER = 16;
+constexpr int WARPS = 4;  // of a block
 
 // Strides in elements. Of `k` and `v` a token's heads lie together, its numbers too.
 struct Arguments {
@@ -56,7 +57,7 @@ struct Arguments {
     float scale, softcap;                          // softcap 0: none
     int share;  // fours of the output that a block of the cluster finishes
     float per_share;  // 1 / share
-    int early, ahead;  // tiles a warp asks L2 for before the wait, beyond those it holds
+    int early;             // see above
 };
 
 __device__ __forceinline__ uint32_t address_in(uint32_t address, uint32_t rank) {
@@ -101,18 +102,6 @@ __device__ __forceinline__ uint4 read(const void* p, bool wanted) {
     return wanted ? __ldcg(static_cast<const uint4*>(p)) : make_uint4(0, 0, 0, 0);
 }
 
-// The same into shared memory, at once or later; nothing unless `now`.
-__device__ __forceinline__ void copy(uint32_t to, const void* from, bool wanted, bool now) {
-    asm volatile(
-        "{\n"
-        ".reg .pred now;\n"
-        "setp.ne.b32 now, %3, 0;\n"
-        "@now cp.async.cg.shared.global [%0], [%1], 16, %2;\n"
-        "}\n" ::"r"(to),
-        "l"(from), "r"(wanted ? 16 : 0), "r"(static_cast<int>(now))
-        : "memory");
-}
-
 // The same number of two tokens: low halves, or high ones.
 __device__ __forceinline__ uint32_t lows(uint32_t x, uint32_t y) {
     return __byte_perm(x, y, 0x5410);
@@ -123,7 +112,7 @@ __device__ __forceinline__ uint32_t highs(uint32_t x, uint32_t y) {
 }
 
 // Shared memory of a block. A head's numbers are padded, so that two heads meet other banks.
-template <int D, int WARPS>
+template <int D>
 struct Shared {
     float part[WARPS][MAX_GROUP][D + 8];
     float2 sums[WARPS][MAX_GROUP];  // maximum, sum of powers
@@ -162,10 +151,10 @@ struct Tile {
     }
 };
 
-template <class T, int D, int WARPS, int TILES, int DEPTH>
+template <class T, int D, int STAGES>
 __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constant__ Arguments a) {
     using N = Numbers<T>;
-    __shared__ Shared<D, WARPS> shared;
+    __shared__ Shared<D> shared;
     asm volatile("griddepcontrol.launch_dependents;");
     const int rank = blockIdx.x, blocks = gridDim.x;  // of the cluster: one is a row of the grid
     const int kv_head = blockIdx.y, row = blockIdx.z;
@@ -186,142 +175,52 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
     // Tile i of this warp is start + i · step. Lane l holds the table's entry of tile (i & ~31) + l.
     const int start = rank * WARPS + warp, step = blocks * WARPS;
     const int* table = a.table + row * a.table_stride;
-    const auto entry = [&](int tile) {
-        return __ldcg(table + min((tile + lane * step) >> a.page_shift, a.table_width - 1));
+    const auto entry = [&](int i) {
+        return __ldcg(table + min((start + (i + lane) * step) >> a.page_shift, a.table_width - 1));
     };
-    int ids = entry(start);
+    int ids = entry(0);
     const int length = __ldcg(a.seq_lens + row);
     const int end_tile = (length + TILE - 1) / TILE;
-    int first = 0, tile = start;  // of the first this turn
+    int first = 0, turn = 0;
     if (a.window > 0) first = max(length - a.window, 0);
     if (a.chunk > 0) first = max((length - 1) / a.chunk * a.chunk, first);
     if (first >= TILE) {
-        tile += max(first / TILE - start + step - 1, 0) / step * step;
-        ids = entry(tile);
+        turn = max(first / TILE - start + step - 1, 0) / step;
+        ids = entry(turn & ~31);
     }
 
     const int stride = a.kv_heads * D;
     const T* k_lane = static_cast<const T*>(a.k) + kv_head * D + n * stride + 8 * q;
     const T* v_lane = static_cast<const T*>(a.v) + kv_head * D + 2 * q * stride + 8 * n;
-    int asked = 0;  // tiles whose entries were taken out of `ids`
-    const auto offset = [&](int place, int wanted) {  // in the cache, of tile `wanted`
-        const int64_t id = __shfl_sync(~0u, ids, place);
-        const int inside = wanted & ((1 << a.page_shift) - 1);
+    const auto offset = [&](int i) {  // of tile i in the cache; its entry must be in `ids`
+        const int64_t id = __shfl_sync(~0u, ids, i & 31);
+        const int inside = (start + i * step) & ((1 << a.page_shift) - 1);
         return id * a.block_stride + inside * (TILE * stride);
     };
 
-    Tile<T, D> held[TILES];
-    int64_t at[TILES];
-    const auto look_up = [&](int from) {  // where the tiles of the turn at `from` are
-        if (asked == 32) {
-            ids = entry(from);
-            asked = 0;
-        }
+    Tile<T, D> held[STAGES];
+    int next = turn;  // the tile to be asked for
+    const int known = a.early ? length - 1 : length;
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) at[i] = offset(asked + i, from + i * step);
-        asked += TILES;
-    };
-    const auto load_k = [&](int from, int end) {
-#pragma unroll
-        for (int i = 0; i < TILES; ++i)
-            held[i].load_k(k_lane + at[i], stride, (from + i * step) * TILE, n, first, end);
-    };
-    const auto load_v = [&](int from, int end) {
-#pragma unroll
-        for (int i = 0; i < TILES; ++i)
-            held[i].load_v(v_lane + at[i], stride, (from + i * step) * TILE, q, first, end);
-    };
-    // With DEPTH: turns that are on their way into shared memory. A lane reads only what it asked for.
-    extern __shared__ uint4 ring[];
-    constexpr int PIECES = D / 8;  // a lane's of a tile: keys, then values
-    const uint4* mine = ring + warp * (DEPTH * TILES * PIECES * 32) + lane;
-    int slot = 0;
-    const auto fill = [&](int from, bool newest, bool others) {
-        const uint32_t to = shared_address(mine + slot * (TILES * PIECES * 32));
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            const int token = (from + i * step) * TILE;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int t = token + 8 * h + n;
-                const bool seen = t >= first && t < length, now = t == length - 1 ? newest : others;
-#pragma unroll
-                for (int c = 0; c < D / 32; ++c)
-                    copy(to + ((i * PIECES + h * (D / 32) + c) * 512),
-                         k_lane + at[i] + 8 * h * stride + 32 * c, seen, now);
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int place = (j & 1) + (j & 2) * 4, t = token + 2 * q + place;
-                const bool seen = t >= first && t < length, now = t == length - 1 ? newest : others;
-#pragma unroll
-                for (int c = 0; c < D / 64; ++c)
-                    copy(to + ((i * PIECES + D / 16 + j * (D / 64) + c) * 512),
-                         v_lane + at[i] + place * stride + 64 * c, seen, now);
-            }
-        }
-    };
-    const auto fetch = [&] {  // out of the ring
-        const uint4* from = mine + slot * (TILES * PIECES * 32);
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-#pragma unroll
-            for (int c = 0; c < D / 16; ++c)
-                held[i].k[c / (D / 32)][c % (D / 32)] = from[(i * PIECES + c) * 32];
-#pragma unroll
-            for (int c = 0; c < D / 16; ++c)
-                held[i].v[c / (D / 64)][c % (D / 64)] = from[(i * PIECES + D / 16 + c) * 32];
-        }
-    };
-    const auto next_slot = [&] { slot = slot == DEPTH - 1 ? 0 : slot + 1; };
-    if constexpr (DEPTH == 0) {
+    for (int s = 0; s < STAGES; ++s) {
+        const int tile = start + (turn + s) * step;
         if (tile < end_tile) {
-            const int known = a.early ? length - 1 : length;
-            look_up(tile);
-            load_k(tile, known);
-            load_v(tile, known);
+            if (s > 0 && (next & 31) == 0) ids = entry(next);
+            const int64_t at = offset(next++);
+            held[s].load_k(k_lane + at, stride, tile * TILE, n, first, known);
+            held[s].load_v(v_lane + at, stride, tile * TILE, q, first, known);
         }
-        if (a.early) {
-            // A lane's token of a tile: its keys, or its values.
-            const T* token = lane < TILE ? static_cast<const T*>(a.k) : static_cast<const T*>(a.v);
-            token += kv_head * D + (lane % TILE) * stride;
-            for (int i = TILES; i < TILES + a.ahead && i < 32; ++i) {
-                const int later = tile + i * step;
-                if (later >= end_tile) break;
-                const T* line = token + offset(i, later);
+    }
+    if (a.early) {
+        wait_for_earlier_kernels();
 #pragma unroll
-                for (int c = 0; c < D; c += 64)
-                    asm volatile("prefetch.global.L2 [%0];" ::"l"(line + c));
-            }
-            wait_for_earlier_kernels();
-#pragma unroll
-            for (int i = 0; i < TILES; ++i)  // the newest token is there now
-                if (tile + i * step == end_tile - 1) {
-                    const int at_token = (end_tile - 1) * TILE;
-                    held[i].load_k(k_lane + at[i], stride, at_token, n, first, length);
-                    held[i].load_v(v_lane + at[i], stride, at_token, q, first, length);
-                }
-        }
-    } else {
-        int last = end_tile, last_slot = 0;  // the turn that was asked for last
-#pragma unroll
-        for (int d = 0; d < DEPTH; ++d) {
-            const int from = tile + d * TILES * step;
-            if (from < end_tile) {
-                look_up(from);
-                fill(from, !a.early, true);
-                last = from, last_slot = slot;
-            }
-            asm volatile("cp.async.commit_group;" ::: "memory");
-            next_slot();
-        }
-        if (a.early) {
-            wait_for_earlier_kernels();
-            if (last + (TILES - 1) * step >= end_tile - 1 && last < end_tile) {
-                slot = last_slot;
-                fill(last, true, false);  // the newest token is there now
-                asm volatile("cp.async.wait_all;" ::: "memory");
-                slot = 0;
+        for (int s = 0; s < STAGES; ++s) {  // the newest token is there now
+            const int tile = start + (turn + s) * step;
+            if (tile == end_tile - 1) {
+                // Its entry is there still: it is the last that was asked for.
+                const int64_t at = offset(turn + s);
+                held[s].load_k(k_lane + at, stride, tile * TILE, n, first, length);
+                held[s].load_v(v_lane + at, stride, tile * TILE, q, first, length);
             }
         }
     }
@@ -337,69 +236,79 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
 
     float top = MASKED, sum = 0.0f;  // of head n; `sum`: over this lane's tokens
     float out[D / 16][4] = {};       // [4c + j]: numbers 64c + 8n + j, then + 4, of heads 2q, 2q + 1
-    while (tile < end_tile) {
-        if constexpr (DEPTH > 0) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
-            fetch();
-        }
-        float scores[TILES][2][4] = {};
+    for (bool more = true; more;) {
 #pragma unroll
-        for (int c = 0; c < D / 32; ++c)
+        for (int s = 0; s < STAGES; ++s) {
+            const int tile = start + turn * step;
+            if (tile >= end_tile) {
+                more = false;
+                break;
+            }
+            // Two sums a half tile: the chain of products is half as long.
+            float scores[2][2][4] = {};
 #pragma unroll
-            for (int i = 0; i < TILES; ++i)
+            for (int c = 0; c < D / 32; ++c)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const uint4 x = queries[c], y = held[i].k[h][c];
-                    N::mma(scores[i][h], x.x, 0, x.y, 0, y.x, y.y);
-                    N::mma(scores[i][h], x.z, 0, x.w, 0, y.z, y.w);
+                    const uint4 x = queries[c], y = held[s].k[h][c];
+                    N::mma(scores[h][0], x.x, 0, x.y, 0, y.x, y.y);
+                    N::mma(scores[h][1], x.z, 0, x.w, 0, y.z, y.w);
                 }
-        const int after = tile + TILES * step;
-        if (DEPTH == 0 && after < end_tile) {
-            look_up(after);
-            load_k(after, length);
-        }
-        float weights[TILES][2][2], best = top;
-        const auto each = [&](auto change) {
+            const int after = start + next * step;
+            const bool again = after < end_tile;
+            int64_t at = 0;
+            if (again) {
+                if ((next & 31) == 0) ids = entry(next);
+                at = offset(next++);
+                held[s].load_k(k_lane + at, stride, after * TILE, n, first, length);
+            }
+            float weights[2][2], best = top;
 #pragma unroll
-            for (int i = 0; i < TILES; ++i)
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    weights[h][e] = (scores[h][0][e] + scores[h][1][e]) * a.scale;
+            if (a.softcap > 0.0f) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
 #pragma unroll
                     for (int e = 0; e < 2; ++e)
-                        change(weights[i][h][e], scores[i][h][e],
-                               (tile + i * step) * TILE + 8 * h + 2 * q + e);
-        };
-        each([&](float& w, float score, int) { w = score * a.scale; });
-        if (a.softcap > 0.0f) each([&](float& w, float, int) { w = capped(w, a.softcap); });
-        each([&](float& w, float, int t) {
-            w -= slope * static_cast<float>(length - 1 - t);
-            w = t >= first && t < length ? w : MASKED;
-            best = fmaxf(best, w);
-        });
-        best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-        best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-        const float factor = power_of_2(top - best);
-        top = best;
-        sum *= factor;
-        each([&](float& w, float, int) {
-            w = power_of_2(w - best);
-            sum += w;
-        });
-        const float factor0 = __shfl_sync(~0u, factor, 8 * q);
-        const float factor1 = __shfl_sync(~0u, factor, 8 * q + 4);
+                        weights[h][e] = capped(weights[h][e], a.softcap);
+            }
 #pragma unroll
-        for (int j = 0; j < D / 16; ++j) {
-            out[j][0] *= factor0, out[j][1] *= factor1;
-            out[j][2] *= factor0, out[j][3] *= factor1;
-        }
+            for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            const uint32_t b0 = N::pack(weights[i][0][0], weights[i][0][1]);
-            const uint32_t b1 = N::pack(weights[i][1][0], weights[i][1][1]);
+                for (int e = 0; e < 2; ++e) {
+                    const int t = tile * TILE + 8 * h + 2 * q + e;
+                    const float x = weights[h][e] - slope * static_cast<float>(length - 1 - t);
+                    weights[h][e] = t >= first && t < length ? x : MASKED;
+                    best = fmaxf(best, weights[h][e]);
+                }
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+            const float factor = power_of_2(top - best);
+            top = best;
+            sum *= factor;
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    weights[h][e] = power_of_2(weights[h][e] - best);
+                    sum += weights[h][e];
+                }
+            const uint32_t b0 = N::pack(weights[0][0], weights[0][1]);
+            const uint32_t b1 = N::pack(weights[1][0], weights[1][1]);
+            const float factor0 = __shfl_sync(~0u, factor, 8 * q);
+            const float factor1 = __shfl_sync(~0u, factor, 8 * q + 4);
 #pragma unroll
             for (int c = 0; c < D / 64; ++c) {
-                const uint4 v0 = held[i].v[0][c], v1 = held[i].v[1][c];
-                const uint4 v2 = held[i].v[2][c], v3 = held[i].v[3][c];
+                const uint4 v0 = held[s].v[0][c], v1 = held[s].v[1][c];
+                const uint4 v2 = held[s].v[2][c], v3 = held[s].v[3][c];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    float(&o)[4] = out[4 * c + j];
+                    o[0] *= factor0, o[1] *= factor1, o[2] *= factor0, o[3] *= factor1;
+                }
                 N::mma(out[4 * c], lows(v0.x, v1.x), lows(v0.z, v1.z), lows(v2.x, v3.x),
                        lows(v2.z, v3.z), b0, b1);
                 N::mma(out[4 * c + 1], highs(v0.x, v1.x), highs(v0.z, v1.z), highs(v2.x, v3.x),
@@ -409,18 +318,9 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
                 N::mma(out[4 * c + 3], highs(v0.y, v1.y), highs(v0.w, v1.w), highs(v2.y, v3.y),
                        highs(v2.w, v3.w), b0, b1);
             }
+            if (again) held[s].load_v(v_lane + at, stride, after * TILE, q, first, length);
+            ++turn;
         }
-        if (DEPTH == 0 && after < end_tile) load_v(after, length);
-        if constexpr (DEPTH > 0) {
-            const int later = tile + DEPTH * TILES * step;
-            if (later < end_tile) {
-                look_up(later);
-                fill(later, true, true);
-            }
-            asm volatile("cp.async.commit_group;" ::: "memory");
-            next_slot();
-        }
-        tile = after;
     }
 
     // The block's warps are merged, four numbers of a head a thread, and sent to who finishes them.
@@ -496,31 +396,26 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(const __grid_constan
 using Kernel = void (*)(Arguments);
 
 struct Variant {
-    int half, dim, warps, tiles, depth;
+    int half, dim, stages;
     Kernel kernel;
-    int ring_bytes() const { return warps * tiles * depth * 32 * dim * 2; }
 };
 
-#define VARIANTS(WARPS, TILES, DEPTH)                                                            \
-    {0, 128, WARPS, TILES, DEPTH, decode_kernel<__nv_bfloat16, 128, WARPS, TILES, DEPTH>},       \
-        {0, 64, WARPS, TILES, DEPTH, decode_kernel<__nv_bfloat16, 64, WARPS, TILES, DEPTH>},     \
-        {1, 128, WARPS, TILES, DEPTH, decode_kernel<__half, 128, WARPS, TILES, DEPTH>},          \
-        {1, 64, WARPS, TILES, DEPTH, decode_kernel<__half, 64, WARPS, TILES, DEPTH>}
+#define VARIANTS(STAGES)                                               \
+    {0, 128, STAGES, decode_kernel<__nv_bfloat16, 128, STAGES>},       \
+        {0, 64, STAGES, decode_kernel<__nv_bfloat16, 64, STAGES>},     \
+        {1, 128, STAGES, decode_kernel<__half, 128, STAGES>},          \
+        {1, 64, STAGES, decode_kernel<__half, 64, STAGES>}
 
-const Variant variants[] = {VARIANTS(4, 1, 0), VARIANTS(4, 2, 0), VARIANTS(4, 1, 2),
-                            VARIANTS(4, 2, 2)};
+const Variant variants[] = {VARIANTS(1), VARIANTS(2)};
 
 }  // namespace
 
 // Ready every kernel on the current device; a CUDA error, or 0.
 extern "C" int paged_decode_prepare() {
     for (const Variant& variant : variants) {
-        const void* kernel = reinterpret_cast<const void*>(variant.kernel);
-        cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-        if (error == cudaSuccess)
-            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         variant.ring_bytes());
+        const cudaError_t error = cudaFuncSetAttribute(
+            reinterpret_cast<const void*>(variant.kernel),
+            cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
         if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
@@ -534,14 +429,13 @@ extern "C" int paged_decode(const void* q, const void* k, const void* v, void* o
                             const float* sinks, int64_t q_stride, int64_t table_stride,
                             int64_t block_stride, int rows, int table_width, int kv_heads,
                             int group, int dim, int half, int page_shift, int window, int chunk,
-                            float scale, float softcap, int cluster, int warps, int tiles, int depth,
-                            int early, int ahead, int dependent, cudaStream_t stream) {
-    const Variant* chosen = nullptr;
+                            float scale, float softcap, int cluster, int stages,
+                            int early, int dependent, cudaStream_t stream) {
+    Kernel kernel = nullptr;
     for (const Variant& variant : variants)
-        if (variant.half == half && variant.dim == dim && variant.warps == warps &&
-            variant.tiles == tiles && variant.depth == depth)
-            chosen = &variant;
-    if (!chosen || cluster < 1 || cluster > MAX_CLUSTER) return cudaErrorInvalidValue;
+        if (variant.half == half && variant.dim == dim && variant.stages == stages)
+            kernel = variant.kernel;
+    if (!kernel || cluster < 1 || cluster > MAX_CLUSTER) return cudaErrorInvalidValue;
     const int share = group * (dim / 4) / cluster;
     const Arguments arguments{q,
                               k,
@@ -564,8 +458,7 @@ extern "C" int paged_decode(const void* q, const void* k, const void* v, void* o
                               softcap,
                               share,
                               1.0f / static_cast<float>(share),
-                              early,
-                              ahead};
+                              early};
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -575,12 +468,11 @@ extern "C" int paged_decode(const void* q, const void* k, const void* v, void* o
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(kv_heads),
                           static_cast<unsigned>(rows));
-    config.blockDim = dim3(static_cast<unsigned>(32 * warps));
-    config.dynamicSmemBytes = static_cast<size_t>(chosen->ring_bytes());
+    config.blockDim = dim3(32 * WARPS);
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = dependent ? 2 : 1;
-    return cudaLaunchKernelEx(&config, chosen->kernel, arguments);
+    return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
 extern "C" const char* cuda_error_name(int error) {

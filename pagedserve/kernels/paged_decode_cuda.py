@@ -43,22 +43,16 @@ HALF = {torch.bfloat16: 0, torch.float16: 1}
 MAX_TOKEN = 1 << 27  # numbers from one token to the next: the kernel counts a block's in 32 bits
 
 P, L, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-ARGUMENTS: list[Any] = [*[P] * 8, *[L] * 3, *[N] * 9, F, F, *[N] * 7, P]
+ARGUMENTS: list[Any] = [*[P] * 8, *[L] * 3, *[N] * 9, F, F, *[N] * 4, P]
 BULK_ARGUMENTS: list[Any] = [*[P] * 12, *[L] * 2, *[N] * 10, F, *[N] * 4, P]
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """cluster: blocks a row and key/value head; warps: of a block; tiles: a warp takes at a time.
-
-    ahead: tiles a warp asks L2 for before the kernels in front of it are done.
-    """
+    """cluster: blocks of threads a row and key/value head; stages: tiles that a warp holds."""
 
     cluster: int
-    warps: int = 4
-    tiles: int = 2
-    depth: int = 0
-    ahead: int = 0
+    stages: int
 
 
 class Native:
@@ -155,7 +149,7 @@ def refusal(
 
 
 def tune(shape: Shape, rows: int, processors: int) -> Tuning:
-    """As many blocks a row as keep about four on a processor; pairs of tiles where it has but one.
+    """As many blocks a row as keep about four on a processor; two stages where it has but one.
 
     Lengths are not known where a graph is captured. Fewer blocks a row would be faster for many
     rows of equal length, and much slower where one is long.
@@ -163,7 +157,7 @@ def tune(shape: Shape, rows: int, processors: int) -> Tuning:
     cluster = MAX_CLUSTER
     while cluster > 1 and rows * shape.kv_heads * cluster > 4 * processors:
         cluster //= 2
-    return Tuning(cluster, tiles=2 if rows * shape.kv_heads * cluster <= processors else 1)
+    return Tuning(cluster, stages=2 if rows * shape.kv_heads * cluster <= processors else 1)
 
 
 def paged_decode_cuda(
@@ -222,11 +216,8 @@ def paged_decode_cuda(
         scale,
         softcap or 0.0,
         tuning.cluster,
-        tuning.warps,
-        tuning.tiles,
-        tuning.depth,
+        tuning.stages,
         not first,
-        tuning.ahead,
         not first,
         torch.cuda.current_stream(q.device).cuda_stream,
     )
