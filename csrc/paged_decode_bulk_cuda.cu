@@ -29,8 +29,9 @@
 // Rows that a bin's end cuts leave parts: maxima, sums, weighted values as they lie in registers. Of a
 // few bins, all but the first give their part when they are through with it (the last one does so near
 // its beginning), and the first adds them to its own at its end. Of more, each gives its part and at
-// its end merges a share of all, so a long row's merge is not one warp's. Whoever waits, waits for blocks that run already: the grid is
-// not larger than what fits on the GPU at once. What is added up is added in a fixed order.
+// its end merges a share of all, so a long row's merge is not one warp's. Whoever waits, waits for
+// blocks that run already: the grid is not larger than what fits on the GPU at once. What is added up
+// is added in a fixed order.
 //
 // The order of launches (`kernels/launch.py`) lets a block start while kernels before it still run.
 // With `early`, lists, lengths, tables and all tokens but a row's newest are read before the wait: a
@@ -212,14 +213,7 @@ __device__ __forceinline__ void copy_bin(const CUtensorMap& map, const Arguments
         begins = __ldcg(a.starts + row), ends = __ldcg(a.starts + row + 1);
         length = __ldcg(a.seq_lens + row), token = __ldcg(a.query_start + row);
     };
-    const auto entry = [&](int row, int number) {  // of a row's tile, and of those behind it
-        const int at = min((number + lane) >> a.page_shift, a.table_width - 1);
-        return __ldcg(a.table + row * a.table_stride + at);
-    };
     read_rows();
-    int ids = 0;  // lane l: entry of tile start + (i & ~31) + l
-    bool known = bin.begin < bin.stop && !a.window && !a.chunk;  // without the row's length
-    if (known) ids = entry(bin.row, bin.begin - bin.row_begin);
     Place place;
     for (int tile = bin.begin; tile < bin.stop;) {
         unsigned found;
@@ -228,6 +222,7 @@ __device__ __forceinline__ void copy_bin(const CUtensorMap& map, const Arguments
         const int row_begin = __shfl_sync(~0u, begins, r), row_stop = __shfl_sync(~0u, ends, r);
         const int row_length = __shfl_sync(~0u, length, r), row_token = __shfl_sync(~0u, token, r);
         const int first = first_seen(row_length, a.window, a.chunk);
+        const int* table = a.table + (base + r) * a.table_stride;
         const int start = tile, stop = min(row_stop, bin.stop);
         const int offset = first / TILE - row_begin;  // tile + offset: the tile's number in its row
         int after = FINISH << 1;
@@ -239,10 +234,13 @@ __device__ __forceinline__ void copy_bin(const CUtensorMap& map, const Arguments
                         << 1 |
                     cut.count << 4;
         }
+        int ids = 0;  // lane l: entry of tile start + (i & ~31) + l
         for (; tile < stop; ++tile) {
             const int i = tile - start, number = tile + offset;
-            if (i % 32 == 0 && !known) ids = entry(base + r, number);
-            known = false;
+            if (i % 32 == 0) {
+                const int entry = min((number + lane) >> a.page_shift, a.table_width - 1);
+                ids = __ldcg(table + entry);
+            }
             const int id = __shfl_sync(~0u, ids, i % 32);
             if (!waited && tile == row_stop - 1) {  // the newest token is in it
                 wait_for_earlier_kernels();
@@ -450,29 +448,22 @@ __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, c
     };
     const auto part_of = [&](int bin, int slot) { return (bin * 2 + slot) * a.kv_heads + kv_head; };
 
-    uint32_t queries[D / 16][2];
-    const auto read_queries = [&](int token) {
-        const uint32_t* at = reinterpret_cast<const uint32_t*>(
-            static_cast<const T*>(a.q) + token * a.q_stride + (first_head + n) * D + 2 * q);
-#pragma unroll
-        for (int j = 0; j < D / 16; ++j) {
-            queries[j][0] = n < a.group ? __ldcg(at + 8 * j) : 0;
-            queries[j][1] = n < a.group ? __ldcg(at + 8 * j + 4) : 0;
-        }
-    };
     Place place;
     Sums<T, D> sums;
-    sums.clear();
-    if (bin.begin < bin.stop) read_queries(__ldcg(a.query_start + bin.row));
-    bool fresh = true;  // the first row's queries are there before its keys
+    uint32_t queries[D / 16][2];
     for (int left = bin.stop - bin.begin; left > 0; --left) {
         wait_for(ring.full + 8 * place.stage, place.parity);
         const Tile tile = ring.tiles[place.stage];
-        if ((tile.action & 1) && !fresh) {
+        if (tile.action & 1) {
             sums.clear();
-            read_queries(tile.token);
+            const uint32_t* at = reinterpret_cast<const uint32_t*>(
+                static_cast<const T*>(a.q) + tile.token * a.q_stride + (first_head + n) * D + 2 * q);
+#pragma unroll
+            for (int j = 0; j < D / 16; ++j) {
+                queries[j][0] = n < a.group ? __ldcg(at + 8 * j) : 0;
+                queries[j][1] = n < a.group ? __ldcg(at + 8 * j + 4) : 0;
+            }
         }
-        fresh = false;
         // Two sums a half tile: the chain of products is half as long.
         float scores[2][2][4] = {};
 #pragma unroll
@@ -716,7 +707,8 @@ extern "C" int paged_decode_bulk_fit(int dim, int half, int heads, int stages) {
 }
 
 // Describe one layer's part of the cache, [blocks, 2, page, kv_heads, dim], in `map`, the 128 bytes,
-// aligned to 64, of a CUtensorMap, for copies of `heads` heads; a CUDA error, or 0. Strides in numbers.
+// aligned to 64, of a CUtensorMap, for copies of `heads` heads; a CUDA error, or 0. Strides in
+// numbers.
 extern "C" int paged_decode_bulk_describe(void* map, const void* kv, int64_t blocks,
                                           int64_t block_stride, int64_t part_stride, int page,
                                           int kv_heads, int heads, int dim, int half) {
@@ -737,7 +729,7 @@ extern "C" int paged_decode_bulk_describe(void* map, const void* kv, int64_t blo
         static_cast<CUtensorMap*>(map),
         half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
         const_cast<void*>(kv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return encoded == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -753,9 +745,9 @@ extern "C" int paged_decode_bulk_plan(const int* seq_lens, const int* query_star
                               chunk, least);
 }
 
-// Launch a block of threads a bin and `heads` key/value heads on `stream`; a CUDA error, or 0. `dependent`: as in
-// Launch. See Arguments and the top of the file for the rest; what is
-// wrong with them is the caller's to find.
+// Launch a block of threads a bin and `heads` key/value heads on `stream`; a CUDA error, or 0.
+// `dependent`: as in Launch. See Arguments and the top of the file for the rest; what is wrong with
+// them is the caller's to find.
 extern "C" int paged_decode_bulk(const void* map, const void* q, void* out, const int* table,
                                  const int* seq_lens, const int* query_start, const int* starts,
                                  const void* records, int* flags, float* parts, float* sums,
