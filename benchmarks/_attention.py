@@ -22,6 +22,7 @@ from pagedserve.attention.triton import Processors
 from pagedserve.kernels import (
     kv_write,
     paged_decode,
+    paged_decode_bulk,
     paged_decode_cuda,
     paged_prefill,
     paged_prefill_wgmma,
@@ -53,6 +54,8 @@ DECODE = {  # name → context of each row
     "32k + 7×128": [32768] + [128] * 7,
     "32×1k": [1024] * 32,
     "32×4k": [4096] * 32,
+    "128×640": [640] * 128,
+    "256×640…690": [640 + row % 51 for row in range(256)],
     "256×512": [512] * 256,
     "256×1k": [1024] * 256,
     "256×2k": [2048] * 256,
@@ -198,6 +201,44 @@ def few_rows(case: Case, processors: Processors, sweep: bool) -> dict[str, float
     return {how: few_rows_time(case, native, tuning) for how, tuning in tunings.items()}
 
 
+def many_rows_time(
+    case: Case, native: paged_decode_cuda.Native, tuning: paged_decode_bulk.Tuning
+) -> float:
+    """As `few_rows_time`; planning is not in it."""
+    plan = paged_decode_bulk.plan_bulk(
+        case.shape, tuning, case.block_tables, case.seq_lens, case.query_start_loc
+    )
+    maps = paged_decode_bulk.CacheMaps(native)
+
+    def launch(layer: Tensor, first: bool) -> None:
+        paged_decode_bulk.paged_decode_bulk(
+            native,
+            case.q,
+            layer,
+            case.out,
+            plan,
+            maps,
+            scale=case.q.shape[2] ** -0.5,
+            first=first,
+        )
+
+    layers = enumerate(itertools.islice(itertools.cycle(case.layers), NUM_LAUNCHES))
+    return microseconds([lambda kv=kv, first=not i: launch(kv, first) for i, kv in layers])
+
+
+def many_rows(case: Case, processors: Processors, sweep: bool) -> dict[str, float]:
+    """Microseconds by CUDA C++ for many rows, where it is built and fits."""
+    native = paged_decode_cuda.load()
+    given = case.shape, case.q, case.layers[0], case.block_tables, case.seq_lens
+    if native is None or paged_decode_bulk.refusal(*given, case.query_start_loc):
+        return {}
+    chosen = paged_decode_bulk.tune(native, case.shape, processors.count)
+    tunings = {"CUDA": chosen}
+    for stages in range(2, chosen.stages) if sweep else []:
+        tunings[f"CUDA s{stages}"] = replace(chosen, stages=stages)
+    return {how: many_rows_time(case, native, tuning) for how, tuning in tunings.items()}
+
+
 def decode_bytes(case: Case) -> int:
     """Keys and values that all rows see, each read once; window and chunk left out."""
     parts = 1 if case.shape.latent else 2
@@ -225,7 +266,8 @@ def decode(processors: Processors, peak: float, quick: bool, sweep: bool) -> lis
                 )
             size, texts = decode_bytes(case), []
             times = {how: decode_time(case, tuning) for how, tuning in tunings.items()}
-            for how, time in (times | few_rows(case, processors, sweep)).items():
+            times |= few_rows(case, processors, sweep) | many_rows(case, processors, sweep)
+            for how, time in times.items():
                 rate = size / time / 1e6
                 found.append(
                     {"shape": label, "case": name, "how": how, "us": time, "tb_per_s": rate}

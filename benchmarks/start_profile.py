@@ -5,8 +5,9 @@
 Two processes, one after the other: one imports what the engine process imports, timed by the
 interpreter; the next starts a worker with random weights under a profiler, which makes calls that
 take microseconds look slower than they are. Seconds with all that is called from there, then alone.
-Kernels that were never compiled on this machine are compiled; a second run is without that.
-Flags of `pagedserve serve` are given as --options, a JSON object.
+Kernels that were never compiled on this machine are compiled, and shown with the seconds that the
+interpreter and the compiler took, beside others that are compiled at the same time; a second run
+finds them on disk. Flags of `pagedserve serve` are given as --options, a JSON object.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from _checkpoint import shape_directory
 
@@ -37,13 +39,17 @@ def main() -> None:
     for name, whole, alone in imports()[: args.shown]:
         print(f"{whole:7.3f} {alone:7.3f}  import {name}")
     directory = shape_directory(args.shape)
+    kernels = watch_compiler()
     profile, phases = profiled({"model": str(directory), "load_format": "dummy", **args.options})
+    for name, interpreter, compiler in sorted(kernels, key=lambda each: -sum(each[1:])):
+        print(f"{interpreter:7.3f} {compiler:7.3f}  compile {name}")
     for place, whole, alone, calls in slowest(profile)[: args.shown]:
         print(f"{whole:7.3f} {alone:7.3f}  {place}  ({calls} calls)")
     line = {
         "benchmark": "start_profile",
         "model": args.shape,
         "phases_s": phases,
+        "kernels_compiled": len(kernels),
         "gpu": machine.gpu_name(),
         **machine.versions(),
     }
@@ -60,6 +66,23 @@ def imports() -> list[tuple[str, float, float]]:
         if alone.strip().isdigit():
             found.append((name.strip(), int(whole) / 1e6, int(alone) / 1e6))
     return sorted(found, key=lambda each: -each[1])
+
+
+def watch_compiler() -> list[tuple[str, float, float]]:
+    """(kernel, seconds to its first form, seconds from there) of each that is compiled from now."""
+    found: list[tuple[str, float, float]] = []
+    try:
+        import triton
+    except ImportError:
+        return found
+
+    def note(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            stages = sum(micros for _, micros in times.lowering_stages)
+            found.append((src.name, times.ir_initialization / 1e6, stages / 1e6))
+
+    triton.knobs.compilation.listener = note
+    return found
 
 
 def profiled(options: dict[str, object]) -> tuple[cProfile.Profile, dict[str, float]]:

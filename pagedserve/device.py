@@ -244,8 +244,8 @@ class Outline:
         pass
 
     def take(self, num_bytes: int) -> None:
-        """So much is not free any more."""
-        self._memory = Memory(max(0, self._memory.free - num_bytes), self._memory.total)
+        """So much is not free any more; less than nothing may be left."""
+        self._memory = Memory(self._memory.free - num_bytes, self._memory.total)
 
     def memory(self) -> Memory:
         return self._memory

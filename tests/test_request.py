@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgspec
@@ -24,6 +23,7 @@ from pagedserve.request import (
     choice_seed,
     plain_token_ids,
 )
+from tests.text.counting import lines_run
 
 MODEL: dict[str, Any] = {"vocab_size": 100, "max_model_len": 10}
 
@@ -185,9 +185,8 @@ def test_a_prompt_of_anything_but_plain_ints_is_refused(token: Any) -> None:
 
 def test_a_million_token_ids_are_checked_in_no_time() -> None:
     ids = list(range(1_000_000))
-    start = time.monotonic()
+    assert lines_run(lambda: plain_token_ids("ids", ids)) < 50  # none of them in Python
     assert plain_token_ids("ids", ids) == ids
-    assert time.monotonic() - start < 0.5  # 0.04 s on a free machine
 
 
 def test_a_changed_copy_is_checked() -> None:

@@ -38,11 +38,12 @@ MIN_QUEUED_REQUESTS = 1024  # one HTTP request of the largest size always finds 
 MIN_QUEUED_TOKENS = 1 << 20
 QUEUED_PER_SLOT = 8
 QUEUED_CACHES = 4
+BODIES = 64  # of the largest size that are in memory at a time, and not taken or refused yet
 MAX_RETRY_SECONDS = 60  # a longer estimate is a guess about load that nobody can see
 UNKNOWN_RETRY_SECONDS = 2  # before anything was measured
 RATE_SECONDS = 10.0  # over which rates are averaged
 KEPT_SHARE = 0.5  # of the bounds, for keys that use less than their share
-REJECT_REASONS = ("queue_requests", "queue_tokens", "rate", "concurrency")
+REJECT_REASONS = ("queue_requests", "queue_tokens", "queue_bytes", "rate", "concurrency")
 EXPIRE_REASONS = ("queue", "ttft", "total")
 
 Clock = Callable[[], float]
@@ -165,6 +166,7 @@ class Admission:
         self.num_live = 0  # sequences
         self.num_waiting = 0  # sequences
         self.waiting_tokens = 0  # of prompts
+        self.body_bytes = 0  # of requests that are neither taken nor refused yet
         self.max_queued = self.max_live = MIN_QUEUED_REQUESTS
         self.max_waiting_tokens = MIN_QUEUED_TOKENS
 
@@ -207,6 +209,23 @@ class Admission:
         assert account.num_open > 0, "left without having entered"
         account.num_open -= 1
         account.closing.add(1)
+
+    def hold_body(self, num_bytes: int) -> None:
+        """Bytes of a body came in; `release_body` must follow. Raises BusyError past the bound."""
+        most = BODIES * self._config.max_body_bytes
+        if self.body_bytes + num_bytes > most:
+            raise self._refused(
+                "queue_bytes",
+                f"{self.body_bytes} bytes of requests are being read, of {most} that may be; try "
+                "again later",
+                UNKNOWN_RETRY_SECONDS,
+            )
+        self.body_bytes += num_bytes
+
+    def release_body(self, num_bytes: int) -> None:
+        """What a request brought is taken, or refused, or its client has gone."""
+        assert self.body_bytes >= num_bytes, "more bytes left than came"
+        self.body_bytes -= num_bytes
 
     def _spend(self, tenant: Tenant, account: Account) -> None:
         """Take one from the minute's requests: a bucket that refills all the time."""

@@ -77,7 +77,8 @@ def build_app(service: Service, gate: Gate) -> FastAPI:
     app.add_exception_handler(Exception, on_bug)
     # The last added is the first to see a request.
     app.add_middleware(Door, service=service)
-    app.add_middleware(BodyLimit, max_bytes=service.config.server.max_body_bytes)
+    max_bytes = service.config.server.max_body_bytes
+    app.add_middleware(BodyLimit, max_bytes=max_bytes, admission=service.admission)
     service.admission.tenants = lambda: gate.keys.tenants
     open_paths = frozenset(path for _, path, needs, _ in ROUTES if needs is None)
     app.add_middleware(RequireKey, keys=gate.keys, anybody=gate.anybody, open_paths=open_paths)

@@ -5,6 +5,7 @@ All are plain ASGI middleware: they run for every chunk of every stream.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pagedserve.api.admission import Admission
 from pagedserve.api.openai_shapes import error_response
-from pagedserve.errors import BodyTooLarge
+from pagedserve.errors import BodyTooLarge, DeadlineError
 
+BODY_SECONDS = 120.0  # the longest body at a megabit a second
 GOOD_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
@@ -57,11 +60,16 @@ class LastAnswer:
 
 
 class BodyLimit:
-    """Refuses a body past `max_bytes`: by its declared length, or as it streams in."""
+    """Refuses a body past `max_bytes`: by its declared length, or as it streams in.
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    Bodies count against `admission` until they are answered, or a stream begins, and have to come
+    within BODY_SECONDS.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, admission: Admission):
         self._app = app
         self._max_bytes = max_bytes
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,17 +81,47 @@ class BodyLimit:
             response.headers["Connection"] = "close"  # the body is not read
             await response(scope, receive, send)
             return
-        taken = 0
+        taken = held = 0
+        whole = False
+        until = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def receive_counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
+            nonlocal taken, held, whole
+            message = await (receive() if whole else self._in_time(receive, until))
+            size = len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            taken += size
             if taken > self._max_bytes:
                 raise self._error()
+            self._admission.hold_body(size)
+            held += size
             return message
 
-        await self._app(scope, receive_counted, send)
+        def let_go() -> None:
+            nonlocal held
+            self._admission.release_body(held)
+            held = 0
+
+        async def send_noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                let_go()
+            await send(message)
+
+        try:
+            await self._app(scope, receive_counted, send_noted)
+        finally:
+            let_go()
+
+    async def _in_time(self, receive: Receive, until: float) -> Message:
+        try:
+            async with asyncio.timeout_at(until):
+                return await receive()
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"the body did not come within {BODY_SECONDS:g} s",
+                code="body_timeout",
+                by_client=True,
+            ) from error
 
     def _error(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is longer than {self._max_bytes} bytes")

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with a bound on what stands before a body: request line and headers.
+"""uvicorn's HTTP protocol with bounds on what stands before a body: its length and its time.
 
     bytes ─▶ BoundedHeads (counts while a head is open) ─▶ httptools ─▶ application
 
@@ -16,9 +16,12 @@ from pagedserve.api.openai_shapes import error_response
 from pagedserve.errors import RequestError
 from pagedserve.limits import Limits
 
+HEAD_SECONDS = 30.0  # for request line and headers, and for the first byte of a connection
+
 
 class BoundedHeads(HttpToolsProtocol):
-    """Answers 431 and closes where a request's head is longer than `max_bytes`.
+    """Answers 431 and closes where a request's head is longer than `max_bytes`, 408 where it takes
+    longer than `seconds`.
 
     A head that begins in the same read as the end of another request (pipelining) is counted from
     the next read on: it may be longer by that one read. What follows the chunks of a chunked body
@@ -26,12 +29,20 @@ class BoundedHeads(HttpToolsProtocol):
     """
 
     max_bytes = Limits().head_bytes
+    seconds = HEAD_SECONDS
     _in_head = True
+    _in_message = False
     _num_heads = 0
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._room = self.max_bytes
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         while data and not self.transport.is_closing():
@@ -42,10 +53,13 @@ class BoundedHeads(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._close_head()
+        self._stop_timer()
+        self._in_message = True
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._open_head()
+        self._in_message = False
         super().on_message_complete()
 
     def on_chunk_header(self) -> None:
@@ -61,8 +75,14 @@ class BoundedHeads(HttpToolsProtocol):
         super().data_received(piece)
         if open_before and self._in_head and number == self._num_heads:
             self._room -= len(piece)
+            if self._timer is None and not self._in_message:
+                self._start_timer()
             if self._room == 0:
-                self._refuse()
+                self._refuse(
+                    431,
+                    f"the request line and headers are longer than {self.max_bytes} bytes",
+                    "headers_too_large",
+                )
 
     def _open_head(self) -> None:
         self._in_head, self._room = True, self.max_bytes
@@ -71,10 +91,34 @@ class BoundedHeads(HttpToolsProtocol):
     def _close_head(self) -> None:
         self._in_head = False
 
-    def _refuse(self) -> None:
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.seconds, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._start_timer()  # an answer is under way: its client may take its time
+        elif self._room == self.max_bytes:
+            self.transport.close()  # not a byte came, so nothing was asked
+        else:
+            self._refuse(
+                408,
+                f"the request line and headers did not come within {self.seconds:g} s",
+                "headers_too_slow",
+            )
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
         # Into an answer that is under way nothing can be written: the client just loses it.
         if self.cycle is None or self.cycle.response_complete:
-            self.transport.write(refusal(self.max_bytes, self.server_state.default_headers))
+            error = RequestError(message, code=code)
+            error.status = status
+            self.transport.write(refusal(error, self.server_state.default_headers))
+        self._stop_timer()
         self.transport.close()
 
 
@@ -83,14 +127,10 @@ def bounded_heads(max_bytes: int) -> type[BoundedHeads]:
     return type("BoundedHeads", (BoundedHeads,), {"max_bytes": max_bytes})
 
 
-def refusal(max_bytes: int, default_headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The 431 as it goes over the wire."""
-    error = RequestError(
-        f"the request line and headers are longer than {max_bytes} bytes",
-        code="headers_too_large",
-    )
-    error.status = 431
+def refusal(error: RequestError, default_headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The answer as it goes over the wire."""
     response = error_response(error)
     response.headers["Connection"] = "close"
     lines = [name + b": " + value for name, value in [*default_headers, *response.raw_headers]]
-    return STATUS_LINE[431] + b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body)
+    status = STATUS_LINE[error.status]
+    return status + b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body)

@@ -72,6 +72,7 @@ class Service:
         self.text: TextSide | None = None
         self.startup = Startup()
         self._silence = Silence(time.monotonic())  # of our own half of the start
+        self._told_silent = False
         self._ready = asyncio.Event()
         self._ticking: asyncio.TimerHandle | None = None
 
@@ -188,10 +189,20 @@ class Service:
         try:
             self.client.tick()
             self._watch_own_half()
+            self._tell_silence()
             self._look()
         finally:  # a bug in one answer must not end the watch over all
             if not self.failure.done():
                 self._tick_later()
+
+    def _tell_silence(self) -> None:
+        """A line when the engine falls silent, and one when it speaks again."""
+        if self.client.silent != self._told_silent:
+            self._told_silent = self.client.silent
+            if self._told_silent:
+                self._enter("stalled:", "the engine gives no sign of life; not ready until it does")
+            elif not self.client.restarting:
+                self._enter("ready again", "the engine gives signs of life")
 
     def _watch_own_half(self) -> None:
         """End a start that hangs before the engine has its configuration: a dead file system."""

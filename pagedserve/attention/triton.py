@@ -1,6 +1,7 @@
 """Attention on a GPU by our own kernels: rows of one token, and rows of several.
 
     rows of one token    kernels/paged_decode_cuda     few rows and nothing else, where it is built
+                         kernels/paged_decode_bulk     many rows, plain cases, where it is built
                          kernels/paged_decode          equal shares of all keys
     rows of several      kernels/paged_prefill_wgmma   plain cases on GPUs of capability 9.0
                          kernels/paged_prefill         everything else
@@ -14,6 +15,7 @@ captured for mixed steps therefore has a row of each kind.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -25,11 +27,13 @@ from pagedserve.device import Device
 from pagedserve.kernels import (
     kv_write,
     paged_decode,
+    paged_decode_bulk,
     paged_decode_cuda,
     paged_prefill,
     paged_prefill_wgmma,
 )
 from pagedserve.kernels.paged_decode import DecodePlan, Shape
+from pagedserve.kernels.paged_decode_bulk import BulkPlan
 from pagedserve.kernels.paged_prefill import PrefillPlan
 from pagedserve.spec import Attn
 
@@ -64,6 +68,7 @@ class TritonPlan:
     batch: Batch
     started: bool = False
     decodes: dict[Shape, DecodePlan] = field(default_factory=dict)
+    bulks: dict[Shape, BulkPlan] = field(default_factory=dict)
     prefills: dict[tuple[int, int, int], PrefillPlan] = field(default_factory=dict)
 
     @property
@@ -78,18 +83,24 @@ class TritonPlan:
 class TritonAttention:
     """See the module. `processors`: of the device, unless a test says otherwise.
 
-    `few_rows`: the kernels in CUDA C++, where there are any for this GPU.
+    `native`: the kernels in CUDA C++, where there are any for this GPU.
     """
 
     name = "triton"
     needs_lens = False
     takes_written = True
 
-    def __init__(self, device: Device, processors: Processors | None = None):
+    def __init__(
+        self,
+        device: Device,
+        processors: Processors | None = None,
+        native: paged_decode_cuda.Native | None = None,
+    ):
         self.processors = processors or Processors.of(device.torch)
         self.descriptors = paged_prefill_wgmma.CacheDescriptors()
         ours = device.is_gpu and self.processors.capability == paged_decode_cuda.CAPABILITY
-        self.few_rows = paged_decode_cuda.load() if ours else None
+        self.native = native or (paged_decode_cuda.load() if ours else None)
+        self.maps = paged_decode_bulk.CacheMaps(self.native) if self.native else None
 
     def supports(self, attn: Attn, kv_dtype: torch.dtype, block_size: int) -> str | None:
         """See `AttentionBackend`."""
@@ -116,7 +127,12 @@ class TritonAttention:
         for shape in shapes:
             tuning = paged_decode.tune(shape, count, capability)
             plan = DecodePlan.on(meta, shape, tuning, most.rows, blocks)
-            total += sum(getattr(plan, each.name).nbytes for each in fields(plan)[2:])
+            needed = sum(getattr(plan, each.name).nbytes for each in fields(plan)[2:])
+            if self.native and paged_decode_bulk.refusal_of_shape(shape, kv_dtype) is None:
+                bulk = paged_decode_bulk.tune(self.native, shape, count)
+                lists = paged_decode_bulk.Lists.on(meta, shape, bulk, most.rows)
+                needed = max(needed, lists.num_bytes)
+            total += needed
             total += (most.tokens + most.rows) * PREFILL_BYTES
         return total
 
@@ -142,21 +158,33 @@ class TritonAttention:
         q = kv_write.rows(q)
         out = q.new_empty((q.shape[0], attn.heads, attn.values_in_keys or attn.head_dim))
         shape = shape_of(attn, kv.shape[2], kv.dtype)
-        if self._fits_few_rows(q, kv, plan, shape):
-            self._decode_few(q, kv, out, plan, shape, attn, slopes, sinks)
-        elif plan.some_decode:
-            self._decode(q, kv, out, plan, shape, attn, slopes, sinks)
+        if plan.some_decode:
+            self._choose_decode(q, kv, plan, shape, attn, slopes)(
+                q, kv, out, plan, shape, attn, slopes, sinks
+            )
         if plan.some_prefill:
             self._prefill(q, kv, out, plan, shape, attn, slopes, sinks)
         return out
 
-    def _fits_few_rows(self, q: Tensor, kv: Tensor, plan: TritonPlan, shape: Shape) -> bool:
+    def _choose_decode(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        plan: TritonPlan,
+        shape: Shape,
+        attn: Attn,
+        slopes: Tensor | None,
+    ) -> Callable[..., None]:
         """The rule of who decodes; benchmarks/RESULTS.md has the figures that it follows."""
         batch = plan.batch
-        if self.few_rows is None or plan.some_prefill:
-            return False
-        reason = paged_decode_cuda.refusal(shape, q, kv, batch.block_tables, batch.seq_lens)
-        return reason is None
+        if self.native is None:
+            return self._decode
+        given = shape, q, kv, batch.block_tables, batch.seq_lens
+        if not plan.some_prefill and paged_decode_cuda.refusal(*given) is None:
+            return self._decode_few
+        start = batch.query_start_loc
+        refused = paged_decode_bulk.refusal(*given, start, softcap=attn.softcap, slopes=slopes)
+        return self._decode if refused else self._decode_many
 
     def _decode_few(
         self,
@@ -169,7 +197,7 @@ class TritonAttention:
         slopes: Tensor | None,
         sinks: Tensor | None,
     ) -> None:
-        batch, native = plan.batch, self.few_rows
+        batch, native = plan.batch, self.native
         assert native is not None, "asked for where it fits"
         paged_decode_cuda.paged_decode_cuda(
             native,
@@ -187,6 +215,30 @@ class TritonAttention:
             first=not plan.started,
         )
         plan.started = True
+
+    def _decode_many(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        out: Tensor,
+        plan: TritonPlan,
+        shape: Shape,
+        attn: Attn,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+    ) -> None:
+        batch, native, maps = plan.batch, self.native, self.maps
+        assert native is not None and maps is not None and slopes is None, "asked for where it fits"
+        work = plan.bulks.get(shape)
+        first = work is None
+        if work is None:
+            tuning = paged_decode_bulk.tune(native, shape, self.processors.count)
+            work = plan.bulks[shape] = paged_decode_bulk.plan_bulk(
+                shape, tuning, batch.block_tables, batch.seq_lens, batch.query_start_loc
+            )
+        paged_decode_bulk.paged_decode_bulk(
+            native, q, kv, out, work, maps, scale=attn.scale, sinks=sinks, first=first
+        )
 
     def _decode(
         self,

@@ -1,7 +1,10 @@
 """Which kernel computes a product: by rows, size and columns, as measured once.
 
-    rows   1                 gemv, with the norm in front and what follows behind
-           2 … 4             the same for small matrices
+    rows   1                 gemv, with the norm in front and what follows behind; skinny, with the
+                             same, for small matrices
+           2 … 8             skinny
+           16                skinny up to the size of an 8B model's qkv matrix
+           32                skinny for the smallest
            else, up to 64    split_k, with what follows
            more              torch's library
 
@@ -24,13 +27,11 @@ from pagedserve.kernels.capability import has_small_memory
 log = logging.getLogger("pagedserve")
 
 FORMAT = 1
-GEMV_ROWS = 4
-SKINNY_ROWS = 32
-SKINNY_REGISTERS = {4: 192, 8: 192, 16: 64}  # by warps: of a thread, for blocks on their way
-SPLIT_ROWS = 64
-# Gated? → rows → the largest matrix for which a gemv was as fast as the tensor cores.
-MOST_WEIGHTS = {False: {2: 64 << 20, 4: 4 << 20}, True: {2: 8 << 20, 4: 0}}
-FEW_OUTPUTS, HEAD_SIZE = 4096, 65536
+GEMV_ROWS, SPLIT_ROWS = 1, 64
+# Rows → the largest matrix for which `skinny` was the fastest; at 1 row a gemv is, from there on.
+SKINNY_WEIGHTS = {1: 8 << 20, 2: 1 << 62, 4: 1 << 62, 8: 1 << 62, 16: 32 << 20, 32: 8 << 20}
+SHORT = 2048  # columns; longer rows take more registers than there are for all of K at once
+FEW_OUTPUTS = 4096
 BLOCK_N, BLOCK_K = 64, 128  # of split_k
 # Of a block, by GPU.
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
@@ -99,6 +100,11 @@ class Product:
     gated: bool = False
 
     @property
+    def weights(self) -> int:
+        """Numbers of W."""
+        return self.size * self.columns * (2 if self.gated else 1)
+
+    @property
     def key(self) -> str:
         """Its name in a table."""
         return f"{self.rows}x{self.size}x{self.columns}{'g' if self.gated else ''}"
@@ -119,23 +125,39 @@ class Table:
 
 def by_rule(product: Product, processors: int, capability: int) -> Choice:
     """Without a measurement of this very product."""
-    rows, weights = product.rows, product.size * product.columns
+    rows = product.rows
     if product.columns % 8 or rows > SPLIT_ROWS:
         return Library()
-    if rows <= GEMV_ROWS and weights <= MOST_WEIGHTS[product.gated].get(rows, weights):
+    if product.weights <= SKINNY_WEIGHTS.get(rows, 0) and (rows < 32 or product.columns <= SHORT):
+        return skinny_blocks(product)
+    if rows <= GEMV_ROWS:
         return gemv_blocks(product)
-    if rows <= GEMV_ROWS and product.size > HEAD_SIZE and not product.gated:
-        return Library()
     return split_blocks(product, processors, capability)
+
+
+def skinny_blocks(product: Product) -> Skinny:
+    """All of K on its way at once where it is short, else few registers and so many programs."""
+    rows, columns = max(8, product.rows), product.columns
+    warps = 4 if columns < SHORT else 8
+    steps = -(-columns // (128 * warps))
+    if columns < SHORT:
+        lines = 32 if product.gated and rows == 8 else 16
+        return Skinny(lines, 128, warps, min(steps, 2 if rows == 8 else 1))
+    if product.weights <= SKINNY_WEIGHTS[1] and steps <= 3:
+        return Skinny(16, 128, warps, min(steps, 3 if rows == 8 else 32 // rows))
+    few = product.size <= FEW_OUTPUTS
+    if rows > 8:
+        return Skinny(32, 64, 8, 2) if few else Skinny(16, 128, 4, 32 // rows)
+    if few:
+        return Skinny(16, 64, 8, min(3, columns // 2048))
+    return Skinny(16, 128 if product.size <= 2 * FEW_OUTPUTS else 64, 8, 1)
 
 
 def gemv_blocks(product: Product) -> Gemv:
     """Rows as long as they are, up to 64 sums a thread; fewer outputs where there are few."""
-    lines = product.rows * (2 if product.gated else 1)
+    lines = 2 if product.gated else 1
     few = product.size <= FEW_OUTPUTS and not product.gated
-    longest = min(4096 if product.rows == 1 else 2048, 8192 // lines, product.columns)
-    if few and product.rows > 1 and product.columns >= 4096:
-        longest = 1024
+    longest = min(4096, product.columns)
     block_k = max(512, 1 << (longest.bit_length() - 1))
     if few and block_k >= 2048:
         return Gemv(1, block_k, 4)

@@ -1,12 +1,11 @@
-"""A few rows times a matrix, at the speed of the weights' memory: y = f(x · Wᵀ) for 1 to 4 rows.
+"""One row times a matrix, at the speed of the weights' memory: y = f(x · Wᵀ).
 
-    x [M, K] ── RMSNorm? ── · Wᵀ [N, K] ── + bias? ── act(gate) · up? ── + residual? ── y [M, N]
+    x [K] ── RMSNorm? ── · Wᵀ [N, K] ── + bias? ── act(gate) · up? ── + residual? ── y [N]
 
 A program owns BN outputs (with GATED twice as many rows of W: gate's, then up's, N apart) and reads
 their weights once, BK columns at a time, straight into registers; no tensor cores, no shared
-memory. The norm is one factor a row, so it is applied to the sums; only its weight meets x. Four
-rows cost five operations a weight, which is where arithmetic meets memory on sm_90; from there on
-`split_k` is faster.
+memory. The norm is one factor, so it is applied to the sums; only its weight meets x. A second row
+would cost as much arithmetic again: from there on `skinny` is faster.
 
 In float32 inside, rounded once. Any N and K: rows past N are read as the last one and not written,
 columns past K are masked. K is part of the compiled kernel.
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from pagedserve.kernels.activation import activate, gate_up
 from pagedserve.kernels.aot import Variant, older
-from pagedserve.kernels.launch import dependent, launch_dependents, power_of_2, wait
+from pagedserve.kernels.launch import dependent, launch_dependents, wait
 
-MAX_ROWS = 4
 UNROLLED = 8  # blocks of K; a longer row is a loop
 
 
@@ -45,7 +43,7 @@ def inputs_at(x, k, K: tl.constexpr, MASKED: tl.constexpr):
         return tl.load(x + k).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def gemv_kernel(
     x,
     w,
@@ -53,14 +51,10 @@ def gemv_kernel(
     bias,
     residual,
     norm,
-    M,
     N,
-    x_stride,
-    residual_stride,
     eps,
     limit,
     K: tl.constexpr,
-    ROWS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GATED: tl.constexpr,
@@ -68,26 +62,24 @@ def gemv_kernel(
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (blocks of N). y: [M, N] contiguous; M ≤ ROWS."""
+    """Grid (blocks of N)."""
     launch_dependents(PDL)
     first = tl.program_id(0) * BN
-    n = tl.minimum(first + tl.arange(0, BN), N - 1)[None, :, None]
-    k = tl.arange(0, BK)[None, None, :]
+    n = tl.minimum(first + tl.arange(0, BN), N - 1)[:, None]
+    k = tl.arange(0, BK)[None, :]
     w += n.to(tl.int64) * K
     u = w + N.to(tl.int64) * K
     FULL: tl.constexpr = K // BK
     TAIL: tl.constexpr = K % BK != 0
     SHORT: tl.constexpr = FULL == 0
 
-    # The first block of weights is on its way before the rows are there.
+    # The first block of weights is on its way before the row is there.
     w_block = weights_at(w, k, K, SHORT).to(tl.float32)
     if GATED:
         u_block = weights_at(u, k, K, SHORT).to(tl.float32)
     if norm is not None:
         g_block = inputs_at(norm, k, K, SHORT)
     wait(PDL)
-    if ROWS > 1:
-        x += tl.minimum(tl.arange(0, ROWS), M - 1)[:, None, None] * x_stride
     x_block = inputs_at(x, k, K, SHORT)
     squares = x_block * x_block
     if norm is not None:
@@ -125,29 +117,27 @@ def gemv_kernel(
         if GATED:
             acc_u += weights_at(u, FULL * BK + k, K, True).to(tl.float32) * x_block
 
-    result = tl.sum(acc, 2)
+    result = tl.sum(acc, 1)
     if GATED:
-        result_u = tl.sum(acc_u, 2)
+        result_u = tl.sum(acc_u, 1)
     if norm is not None:
-        scale = tl.rsqrt(tl.sum(squares, 2) / K + eps)
+        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)
         result *= scale
         if GATED:
             result_u *= scale
-    m = tl.arange(0, ROWS)[:, None]
-    n = first + tl.arange(0, BN)[None, :]
-    inside = (m < M) & (n < N)
+    n = first + tl.arange(0, BN)
+    inside = n < N
     if bias is not None:
-        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        result += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            result_u += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+            result_u += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         result = gate_up(result, result_u, ACT, limit)
     elif ACT is not None:
         result = activate(result, ACT)
     if residual is not None:
-        at = residual + m * residual_stride + n
-        result += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + m * N + n, result.to(y.dtype.element_ty), mask=inside)
+        result += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + n, result.to(y.dtype.element_ty), mask=inside)
 
 
 def gemv(
@@ -165,13 +155,12 @@ def gemv(
     block_k: int = 2048,
     num_warps: int = 4,
 ) -> Tensor:
-    """x: [M, K], rows of any stride; weight: [N, K], with `gated` [2N, K] → [M, N] in x's dtype."""
+    """x: [1, K]; weight: [N, K], with `gated` [2N, K] → [1, N] in x's dtype."""
     rows, columns = x.shape
     size = weight.shape[0] // 2 if gated else weight.shape[0]
-    assert rows <= MAX_ROWS and weight.shape[1] == columns and weight.is_contiguous()
-    y = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    if rows == 0:
-        return y
+    assert rows == 1 and weight.shape[1] == columns and weight.is_contiguous()
+    assert residual is None or residual.stride(1) == 1
+    y = torch.empty((1, size), dtype=x.dtype, device=x.device)
     gemv_kernel[(triton.cdiv(size, block_n),)](
         x if x.stride(1) == 1 else x.contiguous(),
         weight,
@@ -179,14 +168,10 @@ def gemv(
         bias,
         residual,
         norm,
-        rows,
         size,
-        x.stride(0) if x.stride(1) == 1 else columns,
-        0 if residual is None else residual.stride(0),
         eps,
         limit,
         K=columns,
-        ROWS=power_of_2(rows),
         BN=block_n,
         BK=block_k,
         GATED=gated,
@@ -199,7 +184,6 @@ def gemv(
 
 
 def variant(
-    rows: int,
     columns: int,
     block_n: int,
     block_k: int,
@@ -211,23 +195,22 @@ def variant(
     num_warps: int = 4,
     dtype: str = "*bf16",
 ) -> Variant:
-    """Of the kernel, for one number of rows and one K."""
+    """Of the kernel, for one K."""
     given = {"x": True, "w": True, "y": True, "bias": bias, "residual": residual, "norm": norm}
     odd = columns % 16 != 0
     wide = "LDG.E.EF.128" if columns % 8 == 0 and columns >= block_k else "LDG.E"
     return Variant(
-        f"gemv {rows} rows, K {columns}, block {block_n} x {block_k}"
+        f"gemv K {columns}, block {block_n} x {block_k}"
         + "".join(f", {name}" for name, there in given.items() if there and len(name) > 1)
         + (", gated" if gated else ""),
         gemv_kernel,
         {
             **{name: dtype if there else None for name, there in given.items()},
-            **dict.fromkeys(("M", "N", "x_stride", "residual_stride"), "i32"),
+            "N": "i32",
             **dict.fromkeys(("eps", "limit"), "fp32"),
         },
         {
             "K": columns,
-            "ROWS": rows,
             "BN": block_n,
             "BK": block_k,
             "GATED": gated,
@@ -236,24 +219,19 @@ def variant(
             "PDL": True,
         },
         num_warps=num_warps,
-        unaligned=("M", "x_stride", "N") if odd else ("M",),
+        unaligned=("N",) if odd else (),
         sass=(wide,),
         capability=90,
     )
 
 
 AOT = [
-    variant(1, 4096, 2, 2048, norm=True),
-    variant(1, 4096, 1, 4096, norm=True, gated=True),
-    variant(1, 14336, 2, 2048, residual=True),
-    variant(1, 1024, 4, 1024, norm=True, bias=True),
-    variant(1, 29568, 2, 2048, residual=True),
-    variant(1, 1000, 2, 1024, norm=True),
-    variant(2, 4096, 2, 1024, norm=True),
-    variant(2, 4096, 1, 2048, norm=True, gated=True),
-    variant(4, 4096, 2, 1024, norm=True),
-    variant(4, 4096, 1, 1024, norm=True, gated=True),
-    variant(4, 14336, 2, 1024, residual=True),
-    variant(4, 999, 2, 512, residual=True, num_warps=2),
+    variant(4096, 2, 4096, norm=True),
+    variant(4096, 1, 4096, norm=True, gated=True),
+    variant(14336, 1, 4096, residual=True),
+    variant(1024, 4, 1024, norm=True, bias=True),
+    variant(29568, 1, 4096, residual=True),
+    variant(1000, 2, 1024, norm=True),
+    variant(999, 2, 512, residual=True, num_warps=2),
 ]
-AOT.append(older(variant(1, 4096, 2, 2048, norm=True)))
+AOT.append(older(variant(4096, 2, 2048, norm=True)))

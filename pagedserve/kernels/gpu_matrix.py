@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagedserve.kernels import activation, norm
-from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, Skinny, SplitK, Table
+from pagedserve.kernels.dispatch import SHORT, Choice, Gemv, Library, Product, Skinny, SplitK, Table
 from pagedserve.kernels.gemv import gemv
 from pagedserve.kernels.launch import power_of_2
 from pagedserve.kernels.matrix import RmsWeight
@@ -69,7 +69,8 @@ class GpuMatrix:
                 num_warps=choice.num_warps,
             )
         if isinstance(choice, Skinny):
-            if x.dtype != torch.bfloat16:
+            if x.dtype != torch.bfloat16 or x.shape[1] > SHORT:
+                # Inside the norm's weights and squares take the registers of weights on their way.
                 x, norm = normed(x, norm), None
             return skinny(
                 x,

@@ -44,6 +44,7 @@ MAX_TOKEN = 1 << 27  # numbers from one token to the next: the kernel counts a b
 
 P, L, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 ARGUMENTS: list[Any] = [*[P] * 8, *[L] * 3, *[N] * 9, F, F, *[N] * 7, P]
+BULK_ARGUMENTS: list[Any] = [*[P] * 12, *[L] * 2, *[N] * 10, F, *[N] * 4, P]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +62,27 @@ class Tuning:
 
 
 class Native:
-    """The loaded library, ready on the current device. Raises OSError where it does not work."""
+    """The loaded library, ready on the current device. Raises OSError where it does not work.
+
+    paged_decode: see this module; bulk, bulk_describe, bulk_fit: see `paged_decode_bulk`.
+    """
 
     def __init__(self, path: str):
         library = ctypes.CDLL(path)
-        self.paged_decode, prepare = library.paged_decode, library.paged_decode_prepare
-        self.error_name = library.cuda_error_name
-        self.paged_decode.argtypes, self.paged_decode.restype = ARGUMENTS, N
-        prepare.argtypes, prepare.restype = [], N
-        self.error_name.argtypes, self.error_name.restype = [N], ctypes.c_char_p
-        if error := prepare():
-            raise OSError(f"{path}: {self.name_of(error)}")
+
+        def function(name: str, arguments: list[Any], result: Any = N) -> Any:
+            found = library[name]
+            found.argtypes, found.restype = arguments, result
+            return found
+
+        self.error_name = function("cuda_error_name", [N], ctypes.c_char_p)
+        self.paged_decode = function("paged_decode", ARGUMENTS)
+        self.bulk = function("paged_decode_bulk", BULK_ARGUMENTS)
+        self.bulk_describe = function("paged_decode_bulk_describe", [P, P, L, L, L, *[N] * 5])
+        self.bulk_fit = function("paged_decode_bulk_fit", [N] * 4)
+        for name in ("paged_decode_prepare", "paged_decode_bulk_prepare"):
+            if error := function(name, [])():
+                raise OSError(f"{path}: {self.name_of(error)}")
 
     def name_of(self, error: int) -> str:
         """CUDA's name of an error."""

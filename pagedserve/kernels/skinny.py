@@ -14,7 +14,8 @@ memory nor a shuffle lies between. The first AHEAD blocks of weights are on thei
 rows are there. In Gluon, since Triton has no say over where a load goes.
 
 The norm is one factor a row, so it is applied to the sums; only its weight meets x, rounded to x's
-dtype. That needs bfloat16: in float16 rows before their norm may be too large.
+dtype. That needs bfloat16, since in float16 rows before their norm may be too large, and registers:
+it pays where K is short (`gpu_matrix`).
 
 Any N and K. Rounded once, behind all that is fused. K is part of the compiled kernel.
 """
@@ -270,15 +271,22 @@ def variant(
 
 
 AOT = [
-    variant(8, 1024, norm=True),
-    variant(8, 1024, norm=True, gated=True),
+    variant(8, 1024, num_warps=4, ahead=2, norm=True),
+    variant(8, 1024, lines=32, num_warps=4, ahead=2, norm=True, gated=True),
     variant(8, 2048, ahead=2, residual=True),
     variant(8, 3072, ahead=3, residual=True),
-    variant(8, 4096, num_warps=4, ahead=3, norm=True),
-    variant(8, 4096, num_warps=4, ahead=2, norm=True, gated=True),
-    variant(8, 14336, ahead=2, residual=True),
-    variant(8, 1000, bias=True),
-    variant(16, 4096, lines=32, num_warps=4, ahead=2),
-    variant(32, 3072, ahead=1, num_warps=16, block_k=64, residual=True),
+    variant(8, 4096),
+    variant(8, 4096, block_k=64, gated=True),
+    variant(8, 4096, block_k=64, ahead=2, residual=True),
+    variant(8, 14336, block_k=64, ahead=3, residual=True),
+    variant(8, 2560, block_k=64, ahead=1, bias=True),
+    variant(8, 1000, num_warps=4, ahead=2, norm=True, bias=True),
+    variant(8, 2048, ahead=2, norm=True, gated=True),
+    variant(16, 1024, num_warps=4, norm=True, gated=True),
+    variant(16, 3072, ahead=2, residual=True),
+    variant(16, 4096, num_warps=4, ahead=2),
+    variant(16, 4096, lines=32, block_k=64, ahead=2, residual=True),
+    variant(32, 1024, num_warps=4, norm=True, gated=True),
+    variant(32, 2048, residual=True),
 ]
 AOT.append(older(variant(8, 2048, ahead=2, residual=True)))

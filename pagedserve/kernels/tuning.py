@@ -8,7 +8,6 @@ version of Triton; `dispatch.by_rule` is what everybody else uses.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import statistics
 from collections.abc import Callable, Iterable
@@ -42,10 +41,11 @@ def candidates(product: Product, table: Table) -> list[Choice]:
         lines = 2 if product.gated else 1
         for block_k in (512, 1024, 2048, 4096):
             for block_n in (1, 2, 4):
-                sums = rows * lines * block_n * block_k // (32 * min(4, block_k // 256))
+                sums = lines * block_n * block_k // (32 * min(4, block_k // 256))
                 if block_k <= columns and 16 <= sums <= 64:
                     found.append(Gemv(block_n, block_k, min(4, block_k // 256)))
-    found += skinny_blocks(product)
+    if rows in dispatch.SKINNY_WEIGHTS:
+        found += around(dispatch.skinny_blocks(product))
     if rows >= 2:
         blocks = -(-product.size // dispatch.BLOCK_N)
         rule = dispatch.split_blocks(product, table.processors, table.capability)
@@ -67,19 +67,19 @@ def candidates(product: Product, table: Table) -> list[Choice]:
     ]
 
 
-def skinny_blocks(product: Product) -> list[Choice]:
-    """As many blocks ahead as registers hold, and about half of that."""
-    found: dict[Choice, None] = {}
-    if product.rows <= dispatch.SKINNY_ROWS:
-        for warps, most in dispatch.SKINNY_REGISTERS.items():
-            for lines, block_k in itertools.product((16, 32), (64, 128)):
-                steps = -(-product.columns // (block_k * warps))
-                one = (lines + 2 * max(8, product.rows)) * block_k // 64
-                ahead = min(steps, most // one)
-                if block_k * warps <= product.columns and ahead:
-                    for n in (ahead, -(-ahead // 2)):
-                        found[Skinny(lines, block_k, warps, n)] = None
-    return list(found)
+def around(rule: Skinny) -> list[Choice]:
+    """`rule`, and what differs from it in one thing."""
+    ahead = rule.ahead * rule.block_k // 64
+    return [
+        rule,
+        replace(rule, lines=48 - rule.lines),
+        replace(
+            rule, block_k=192 - rule.block_k, ahead=ahead if rule.block_k > 64 else -(-ahead // 2)
+        ),
+        replace(rule, num_warps=12 - rule.num_warps),
+        replace(rule, ahead=rule.ahead + 1),
+        *([replace(rule, ahead=rule.ahead - 1)] if rule.ahead > 1 else []),
+    ]
 
 
 def products(

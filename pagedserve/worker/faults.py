@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from pagedserve.errors import PagedServeError, StepError
-
-if TYPE_CHECKING:
-    from pagedserve.worker.start import Worker
 
 log = logging.getLogger("pagedserve")
 
@@ -24,7 +21,13 @@ MAX_CAUSE_CHARS = 200
 NO_MEMORY = "the device has no memory for it"
 
 
-def unless_broken(worker: Worker, work: Callable[[], Result]) -> Result:
+class Recovers(Protocol):
+    """What `unless_broken` asks of a worker; see `start.Worker`."""
+
+    def recover(self) -> None: ...
+
+
+def unless_broken(worker: Recovers, work: Callable[[], Result]) -> Result:
     """What `work` gives. Raises StepError where it broke off and the device answers, else
     PagedServeError."""
     try:
@@ -42,8 +45,9 @@ def unless_broken(worker: Worker, work: Callable[[], Result]) -> Result:
 
 
 def is_memory(error: Exception) -> bool:
-    """Whether less work at a time might have done."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+    """Whether less at a time, or later, might have done. The driver's own lack has no class."""
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return no_memory or (isinstance(error, RuntimeError) and "out of memory" in str(error))
 
 
 def cause_of(error: Exception) -> str:

@@ -60,7 +60,7 @@ class GpuStep:
     layout: Results
     sampled: list[int] | None  # rows that draw; None: all of the step
     slots: list[Slot]  # theirs
-    wanted: list[int | None]  # log-probabilities of so many tokens; empty where nobody does
+    wanted: list[int | None]  # log-probabilities of so many tokens; may be empty for nobody
     prompt: list[tuple[Slot, LogprobColumns]]
 
     def result(self) -> StepOutput:
@@ -79,7 +79,7 @@ class GpuStep:
                 for slot, good in zip(self.slots, finite, strict=True)
                 if not good
             )
-        if self.wanted:
+        if any(count is not None for count in self.wanted):  # who asked may not draw yet
             output.logprobs.extend(self._logprobs())
         output.prompt_logprobs.update(by_slot(self.prompt))
         return output

@@ -83,7 +83,7 @@ class MemoryPlan:
 
     def line(self) -> str:
         """In one line, for people."""
-        parts = [f"{name} {shown(size)}" for name, size in self.items().items() if size]
+        parts = [f"{name} {shown(size)}" for name, size in self.items().items() if size > 0]
         return f"{', '.join(parts)}, of {shown(self.total)}"
 
 
@@ -181,6 +181,13 @@ def plan_for(config: Config, model: LoadedModel, place: Place, limits: Limits) -
 def check(found: MemoryPlan, config: Config) -> None:
     """Raise StartupError where there is no block, or a context that was asked for does not fit."""
     cache, asked = config.cache, config.model.max_model_len
+    over = found.weights + found.others - found.total
+    if over > 0:
+        raise StartupError(
+            f"no memory: the weights do not fit, {shown(over)} are missing ({found.line()}). Take "
+            "a smaller model or a larger device, raise --gpu-memory-utilization, or give another "
+            "--dtype."
+        )
     wanted = asked or found.block_size
     missing = -(-wanted // found.block_size) - found.num_blocks
     if missing <= 0:

@@ -51,20 +51,21 @@ class Sizes:
         return Size(held, self.tokens[bisect.bisect_left(self.tokens, tokens)], mixed=True)
 
     def sample(self) -> list[Size]:
-        """Sizes between which kernels do not change: each about twice as large as the last."""
-        one_token = [Size(rows, rows, mixed=False) for rows in doubling(self.one_token)]
-        return one_token + [self.of(2, tokens) for tokens in doubling(self.tokens) if tokens > 2]
+        """Sizes between which kernels do not change, those that take longest to compile first."""
+        mixed = [self.of(2, tokens) for tokens in spaced(self.tokens, 4) if tokens > 2]
+        one_token = [Size(rows, rows, mixed=False) for rows in spaced(self.one_token, 2)]
+        return mixed[::-1] + one_token
 
     def largest(self) -> tuple[int, int]:
         """Rows and tokens that memory must hold."""
         return max(self.rows[-1], self.one_token[-1]), max(self.tokens[-1], self.one_token[-1])
 
 
-def doubling(numbers: list[int]) -> list[int]:
-    """Of ascending numbers the first, then always the next that is twice as large; and the last."""
+def spaced(numbers: list[int], factor: int) -> list[int]:
+    """Of ascending numbers the first, always the next that is `factor` times as large, the last."""
     found = numbers[:1]
     for number in numbers:
-        if number >= 2 * found[-1]:
+        if number >= factor * found[-1]:
             found.append(number)
     return found if found[-1] == numbers[-1] else [*found, numbers[-1]]
 

@@ -27,6 +27,7 @@ from pagedserve.kernels.rehearsal import rehearsal
 from pagedserve.kernels.sample_gpu import Needs
 from pagedserve.kernels.step_inputs import Inputs, Message
 from pagedserve.models.base import Model
+from pagedserve.worker.faults import is_memory
 from pagedserve.worker.gpu_sampler import GpuSampler
 from pagedserve.worker.results import Results
 from pagedserve.worker.sizes import Size, Sizes
@@ -131,7 +132,7 @@ class Stages:
 
     def give_up(self, stage: Stage, error: RuntimeError) -> None:
         """Capture nothing for a while, or any more, and say so."""
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_memory(error):
             self.capture_from = self.num_runs + PAUSE_RUNS
             log.warning(
                 "no memory for a CUDA graph of %s: for %d steps, those without one run op by op, "

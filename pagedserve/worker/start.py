@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from pagedserve import attention
 from pagedserve.config import Config
 from pagedserve.device import Device, pick
@@ -17,6 +15,7 @@ from pagedserve.models.loading import LoadedModel, load_configured
 from pagedserve.models.telling import Tell
 from pagedserve.step import EngineInfo, Step, StepOutput
 from pagedserve.worker import memory
+from pagedserve.worker.faults import is_memory
 from pagedserve.worker.kv_cache import NoRoom
 from pagedserve.worker.memory import MemoryPlan
 from pagedserve.worker.runner import Runner
@@ -69,12 +68,16 @@ def start(config: Config, on_progress: Tell) -> Worker:
     device = pick(config.model.device)
     device.prepare()
     on_progress("load weights", f"{device.name}, {config.model.load_format}")
-    model = load_configured(
-        config.model,
-        Path(config.model.model),
-        device,
-        on_progress,
-    )
+    try:
+        model = load_configured(config.model, Path(config.model.model), device, on_progress)
+    except Exception as error:
+        if not is_memory(error):
+            raise
+        raise StartupError(
+            f"no memory for the weights on {device.name}: {memory.shown(device.memory().free)} are "
+            "free; free some memory, or take a smaller model or --dtype. pagedserve plan MODEL "
+            "says how much a model needs"
+        ) from error
     return fit(config, device, model, on_progress)
 
 
@@ -91,7 +94,9 @@ def fit(config: Config, device: Device, model: LoadedModel, on_progress: Tell) -
         on_progress("allocate KV cache", f"{plan.num_blocks} blocks: {plan.line()}")
         try:
             return made(config, device, model, plan, on_progress)
-        except (NoRoom, torch.OutOfMemoryError, MemoryError) as error:
+        except Exception as error:
+            if not isinstance(error, NoRoom) and not is_memory(error):
+                raise
             cause = str(error)
         # Only now: the exception's frames held what there was.
         device.give_back()

@@ -101,6 +101,11 @@ def test_an_engine_that_is_silent_is_not_ready_and_one_that_speaks_again_is(star
     server.wait_for_phase("ready")
     assert server.engine_pid() == engine
     assert server.metric("engine_restarts_total") == 0
+    deadline = time.monotonic() + 30
+    while "ready again the engine gives signs of life" not in server.output:
+        assert time.monotonic() < deadline, server.output
+        time.sleep(0.01)
+    assert server.output.count("stalled: the engine gives no sign of life") == 1
 
 
 def test_our_own_half_of_a_start_that_hangs_is_given_up_too(
@@ -114,8 +119,9 @@ def test_our_own_half_of_a_start_that_hangs_is_given_up_too(
 
     async def cause() -> str:
         client = SimpleNamespace(
-            configured=False, cause_of_death=None, restarting=False, ready=None, stats=None,
-            last_death=None, num_restarts=0, num_quarantined=0, num_isolated=0, num_batch_errors=0,
+            configured=False, silent=False, cause_of_death=None, restarting=False, ready=None,
+            stats=None, last_death=None, num_restarts=0,
+            num_quarantined=0, num_isolated=0, num_batch_errors=0,
             tick=lambda: None, fileno=lambda: reader, poll=lambda: None,
         )  # fmt: skip
         service = Service(

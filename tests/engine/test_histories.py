@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pagedserve.engine.block_pool import ROOT, BlockPool, chain_hash
+from pagedserve.engine.block_pool import BlockPool, chain_hash, root_hash
 from pagedserve.engine.scheduler import Committed, Scheduler
 from pagedserve.engine.unfinished import MAX_CRASHES, SUSPECT_CRASHES, Unfinished
 from pagedserve.request import Request, SamplingParams, choice_seed
@@ -223,7 +223,7 @@ class Engines(RuleBasedStateMachine):
 
     def learn(self, tokens: list[int]) -> None:
         """The hashes under which blocks of these tokens may be found."""
-        found = ROOT
+        found = root_hash("")
         for end in range(self.block_size, len(tokens) + 1, self.block_size):
             found = chain_hash(found, tokens[end - self.block_size : end])
             self.prefixes[found] = tokens[:end]

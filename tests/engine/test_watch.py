@@ -34,6 +34,20 @@ def test_silence_past_the_deadline_is_a_stall_while_serving() -> None:
     assert silence.stall(5.0, serving=True) is None
 
 
+def test_one_that_loads_has_its_own_deadline_and_every_word_of_it_counts() -> None:
+    silence = Silence(0.0)
+    now = listen(silence, 0.0, 8.0)
+    assert silence.stall(5.0, serving=False, load_deadline=9.0) is None
+    silence.heard()  # a hundredth more of the weights
+    now = listen(silence, now, 8.9)
+    assert silence.stall(5.0, serving=False, load_deadline=9.0) is None
+    listen(silence, now, 0.3)
+    told = silence.stall(5.0, serving=False, load_deadline=9.0)
+    assert told == "the engine made no progress for 9 s while it loaded"
+    assert silence.stall(0.0, serving=False, load_deadline=9.0) == told
+    assert silence.stall(5.0, serving=False, load_deadline=0.0) is None, "0 is never"
+
+
 def test_time_in_which_we_did_not_run_ourselves_accuses_nobody() -> None:
     silence = Silence(100.0)
     silence.look(100.0 + 3600, stopped=False)

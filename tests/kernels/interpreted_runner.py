@@ -115,6 +115,30 @@ def test_log_probabilities_are_those_of_the_plain_runner(tmp_path: Path) -> None
         assert abs(one.logprob - two.logprob) < 1e-4
 
 
+def test_a_row_that_asks_for_log_probabilities_before_it_draws(tmp_path: Path) -> None:
+    tiny_checkpoint("llama", tmp_path, num_hidden_layers=1, vocab_size=97)
+    first = Join(Slot(0), [3, 4], 2, SamplingParams(temperature=0.0), seed=1)
+    asking = Join(Slot(1), [5] * 9, 9, SamplingParams(temperature=0.0, logprobs=4), seed=2)
+    blocks = [BlockId(i) for i in range(4)]
+    grown = [[Slot(0), *[Slot(1)] * 3], [0, 0, 1, 2], blocks]
+    slots = [Slot(0), Slot(1)]
+    answers = []
+    for worker in workers(tmp_path):
+        outputs = [
+            worker.launch(step).result()
+            for step in (
+                Step(0, [first, asking], slots, [0, 0], [2, 6], [True, False], *grown),
+                Step(1, [], slots, [2, 6], [1, 3], [True, True], [], [], []),
+                Step(2, [], [Slot(0)], [3], [1], [True], [], [], []),
+            )
+        ]
+        assert [bool(output.logprobs) for output in outputs] == [False, True, False]
+        assert outputs[1].logprobs[0] is None
+        entry = outputs[1].logprobs[1]
+        answers.append(([output.token_ids for output in outputs], entry.rank, entry.top_ids))
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize(
     "options",
     (

@@ -14,9 +14,12 @@ from pagedserve.kernels.dispatch import Gemv, Library, Product, SplitK, Table, b
 IDENTITY = {"gpu": "one", "triton": "3.6.0"}
 
 
-def test_few_rows_take_gemv_some_split_k_and_many_the_library() -> None:
-    kinds = [by_rule(Product(rows, 4096, 4096), 132, 90).kind for rows in (1, 2, 4, 8, 64, 128)]
-    assert kinds == ["gemv", "gemv", "split_k", "split_k", "split_k", "library"]
+def test_one_row_takes_gemv_few_skinny_some_split_k_and_many_the_library() -> None:
+    rows = (1, 2, 8, 16, 32, 64, 128)
+    kinds = [by_rule(Product(n, 4096, 4096), 132, 90).kind for n in rows]
+    assert kinds == ["gemv", "skinny", "skinny", "skinny", "split_k", "split_k", "library"]
+    kinds = [by_rule(Product(n, 4096, 1024), 132, 90).kind for n in rows]
+    assert kinds == ["skinny"] * 5 + ["split_k", "library"]
 
 
 def test_a_row_that_is_no_multiple_of_16_bytes_is_the_library_s() -> None:
@@ -24,15 +27,25 @@ def test_a_row_that_is_no_multiple_of_16_bytes_is_the_library_s() -> None:
 
 
 @pytest.mark.parametrize("columns", (8, 512, 1000, 4096, 14336))
-@pytest.mark.parametrize("rows", (1, 2, 4))
 @pytest.mark.parametrize("gated", (False, True))
-def test_a_gemv_s_threads_load_16_bytes_and_hold_at_most_64_sums(
-    rows: int, columns: int, gated: bool
-) -> None:
-    choice = dispatch.gemv_blocks(Product(rows, 1000, columns, gated))
+def test_a_gemv_s_threads_load_16_bytes_and_hold_at_most_64_sums(columns: int, gated: bool) -> None:
+    choice = dispatch.gemv_blocks(Product(1, 1000, columns, gated))
     assert choice.block_k >= 256 * choice.num_warps
-    sums = rows * choice.block_n * choice.block_k * (2 if gated else 1)
+    sums = choice.block_n * choice.block_k * (2 if gated else 1)
     assert sums <= 64 * 32 * choice.num_warps
+
+
+@pytest.mark.parametrize("columns", (8, 512, 1024, 2048, 3072, 4096, 14336))
+@pytest.mark.parametrize("rows", (1, 2, 4, 8, 16, 32))
+def test_a_skinny_product_has_no_more_on_its_way_than_registers_hold(
+    rows: int, columns: int
+) -> None:
+    for size, gated in itertools.product((1024, 8192, 100_000), (False, True)):
+        choice = dispatch.skinny_blocks(Product(rows, size, columns, gated))
+        assert choice.lines % 16 == 0 and choice.ahead >= 1
+        lines = choice.lines + max(8, rows)  # 16-bit numbers of weights and x, by 32 threads
+        registers = choice.ahead * lines * choice.block_k // 64
+        assert registers <= {4: 160, 8: 144}[choice.num_warps]
 
 
 def test_shares_fill_the_gpu_and_leave_each_four_steps() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pagedserve.kernels import dispatch, gpu, launch, tuning
 from pagedserve.kernels.activation import GATED
-from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, SplitK
+from pagedserve.kernels.dispatch import Choice, Gemv, Library, Product, Skinny, SplitK
 from pagedserve.kernels.gpu_matrix import GpuMatrix
 from pagedserve.kernels.matrix import RmsWeight
 from pagedserve.kernels.norm import add_rms_norm
@@ -78,10 +78,21 @@ def test_a_product_in_half_precision(rows: int) -> None:
     check_product(HALF, rows, 640, 1024, norm=True, bias=True, gated="gelu_tanh")
 
 
-@pytest.mark.parametrize("rows", (1, 2, 4))
 @pytest.mark.parametrize("choice", (Gemv(1, 1024, 4), Gemv(4, 512, 2), Gemv(2, 2048, 4)), ids=str)
-def test_blocks_of_a_gemv(choice: Choice, rows: int) -> None:
+def test_blocks_of_a_gemv(choice: Choice) -> None:
+    check_product(BFLOAT, 1, 1023, 4104, choice, norm=True, gated="silu", residual=True)
+
+
+@pytest.mark.parametrize("rows", (1, 7, 8, 13, 32))
+@pytest.mark.parametrize(
+    "choice",
+    (Skinny(), Skinny(16, 128, 4, 2), Skinny(32, 64, 4, 3), Skinny(16, 64, 16, 1)),
+    ids=str,
+)
+def test_lines_of_a_skinny_product(choice: Choice, rows: int) -> None:
     check_product(BFLOAT, rows, 1023, 4104, choice, norm=True, gated="silu", residual=True)
+    check_product(BFLOAT, rows, 200, 3072, choice, norm=True, bias=True, residual=True)
+    check_product(HALF, rows, 77, 1000, choice, bias=True, residual=True)
 
 
 @pytest.mark.parametrize("rows", (5, 16, 31, 64))

@@ -78,7 +78,10 @@ def decode(
     native: Native, case: Paged, tuning: Tuning | None = None, *, first: bool = True
 ) -> Tensor:
     """By the kernel."""
-    shape, out = shape_of(case.attn, case.kv), torch.full_like(case.q, torch.nan).contiguous()
+    shape, out = (
+        shape_of(case.attn, case.kv.shape[2], case.kv.dtype),
+        torch.full_like(case.q, torch.nan).contiguous(),
+    )
     given = shape, case.q, case.kv, case.block_tables, case.seq_lens
     assert paged_decode_cuda.refusal(*given) is None
     paged_decode_cuda.paged_decode_cuda(
@@ -218,8 +221,7 @@ def test_a_captured_graph_serves_rows_of_any_length(native: Native) -> None:
 def test_the_backend_decodes_few_rows_by_it_and_says_when_a_step_begins(
     native: Native, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = TritonAttention(pick("cuda"))
-    backend.few_rows = native
+    backend = TritonAttention(pick("cuda"), native=native)
     seen: list[bool] = []
     launch = paged_decode_cuda.paged_decode_cuda
 

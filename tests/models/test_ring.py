@@ -20,7 +20,7 @@ from pagedserve.errors import StartupError
 from pagedserve.kernels.matrix import Matrix, PlainMatrix
 from pagedserve.models import loading, ring
 from pagedserve.models.ring import Ring, pieces
-from pagedserve.models.shards import Stored, stored_tensors
+from pagedserve.models.shards import Files, Stored, stored_tensors
 from tests.checkpoints import tiny_checkpoint
 
 Copy = tuple[Tensor, Tensor]
@@ -331,3 +331,30 @@ def tensors_in(found: Any, seen: set[int] | None = None) -> list[Tensor]:
         ]
         inner = [getattr(found, name) for name in names if hasattr(found, name)]
     return [tensor for each in inner for tensor in tensors_in(each, seen)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ("llama", "gpt2", "mixtral", "deepseek_v3"))
+def test_a_gpu_gets_what_the_cpu_gets(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fine_pieces: None
+) -> None:
+    directory, gpu = tiny_checkpoint(family, tmp_path), pick("cuda")
+    rings = loading.Ring
+    monkeypatch.setattr(
+        loading, "Ring", lambda uploads: rings(uploads, buffers=5, buffer_bytes=999)
+    )
+    through_ring = tensors_in(loading.load_model(directory, device=gpu, dtype="bfloat16").decoder)
+    monkeypatch.setattr(loading, "Ring", lambda uploads: OnHost())
+    through_host = tensors_in(loading.load_model(directory, device=gpu, dtype="bfloat16").decoder)
+    assert len(through_ring) == len(through_host) > 5
+    for one, other in zip(through_ring, through_host, strict=True):
+        assert torch.equal(one, other)
+
+
+class OnHost(Files):
+    """Reads into memory of the host, and copies from there."""
+
+    def read(self, stored: Stored, into: Tensor, *, skip: int = 0, later: bool = False) -> None:
+        host = torch.empty(into.numel() * into.itemsize, dtype=torch.uint8)
+        super().read(stored, host, skip=skip)
+        into.view(-1).view(torch.uint8).copy_(host)

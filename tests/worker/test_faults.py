@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from pagedserve.errors import PagedServeError, StepError
 from pagedserve.worker.faults import NO_MEMORY, unless_broken
-from pagedserve.worker.start import Worker
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. Process 4711 has 77 GiB in use."
 
@@ -40,12 +39,12 @@ def failing(error: Exception) -> NoReturn:
 
 
 def run(device: Device, error: Exception) -> None:
-    unless_broken(cast(Worker, device), lambda: failing(error))
+    unless_broken(device, lambda: failing(error))
 
 
 def test_what_does_not_fail_passes_through() -> None:
     device = Device()
-    assert unless_broken(cast(Worker, device), lambda: 7) == 7 and not device.num_recovered
+    assert unless_broken(device, lambda: 7) == 7 and not device.num_recovered
 
 
 @pytest.mark.parametrize(
@@ -53,6 +52,7 @@ def test_what_does_not_fail_passes_through() -> None:
     (
         (torch.OutOfMemoryError(OUT_OF_MEMORY), NO_MEMORY, True),
         (MemoryError(), NO_MEMORY, True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"), NO_MEMORY, True),
         (ValueError("no such block size\nat line 3"), "ValueError: no such block size", False),
         (AssertionError(), "AssertionError", False),
         (RuntimeError("x" * 999), "RuntimeError: " + "x" * 200, False),
@@ -82,7 +82,7 @@ def test_what_the_step_had_allocated_is_gone_before_the_device_recovers() -> Non
         raise torch.OutOfMemoryError("more")
 
     with pytest.raises(StepError):
-        unless_broken(cast(Worker, device), work)
+        unless_broken(device, work)
     assert device.seen_alive == [False]
 
 

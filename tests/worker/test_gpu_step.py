@@ -62,6 +62,11 @@ def test_log_probabilities_of_every_row_and_as_many_as_may_be_asked_for() -> Non
     assert output.token_ids == [10, 11, 12, 13] and list(output.failed) == [9]
 
 
+def test_none_of_those_that_drew_asked_for_log_probabilities() -> None:
+    output = step([1, 3], [7, 2], wanted=[None, None]).result()
+    assert output.token_ids == [11, 13] and output.logprobs == []
+
+
 @pytest.mark.parametrize("rows", (1, 2, 3, 4, 7, 256))
 def test_no_part_of_the_results_lies_on_another(rows: int) -> None:
     layout = Results(rows, scored=True)

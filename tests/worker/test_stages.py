@@ -199,15 +199,16 @@ def test_a_rehearsal_that_fails_is_only_said(
     assert asked == []
 
 
-def test_sizes_to_rehearse_begin_at_the_smallest_end_at_the_largest_and_double() -> None:
+def test_sizes_to_rehearse_reach_from_the_smallest_to_the_largest_in_steps() -> None:
     for max_rows, max_tokens in ((1, 1), (2, 16), (7, 100), (256, 8192), (300, 5000)):
         sizes = Sizes(max_rows, max_tokens)
         found = sizes.sample()
         plain = [size.rows for size in found if not size.mixed]
-        mixed = [size.tokens for size in found if size.mixed]
-        for numbers, known in ((plain, sizes.one_token), (mixed, sizes.tokens)):
+        mixed = [size.tokens for size in found if size.mixed][::-1]
+        assert [size.mixed for size in found] == [True] * len(mixed) + [False] * len(plain)
+        for numbers, known, factor in ((plain, sizes.one_token, 2), (mixed, sizes.tokens, 4)):
             assert numbers[0] == known[0] and numbers[-1] == known[-1]
             assert set(numbers) <= set(known) and numbers == sorted(numbers)
             left_out = [n for n in known if n not in numbers]
-            assert all(any(m <= n < 2 * m for m in numbers) for n in left_out)
+            assert all(any(m <= n < factor * m for m in numbers) for n in left_out)
         assert all(sizes.of(size.rows, size.tokens) == size for size in found)

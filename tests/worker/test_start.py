@@ -68,7 +68,9 @@ def silent(phase: str, detail: str, done: int = 0, total: int = 0, /) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", (torch.OutOfMemoryError("no"), MemoryError("no"), RuntimeError("no")), ids=repr
+    "error",
+    (torch.OutOfMemoryError("no"), MemoryError("no"), RuntimeError("out of memory")),
+    ids=repr,
 )
 def test_what_others_took_in_between_is_left_to_them(
     error: Exception,
@@ -122,6 +124,31 @@ def test_first_steps_without_memory_are_an_attempt_too(
     worker = fit(config(), device, model, silent)
     assert calls == [worker.info.num_blocks + (calls[0] - calls[1]), worker.info.num_blocks]
     assert calls[0] > calls[1] and device.given_back == 1
+
+
+def test_what_is_no_lack_of_memory_ends_the_start(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(runner: Any) -> None:
+        raise ValueError("no kernel")
+
+    monkeypatch.setattr(start.Runner, "warm_up", broken)
+    device = Shrinking(100)
+    with pytest.raises(ValueError, match="no kernel"):
+        fit(config(), device, model, silent)
+    assert device.given_back == 0
+
+
+def test_weights_that_do_not_fit_are_an_error_that_says_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*given: Any) -> LoadedModel:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(start, "load_configured", short)
+    monkeypatch.setattr(start, "pick", lambda wanted: Shrinking(300))
+    with pytest.raises(StartupError, match=r"weights on cpu: 300.0 MiB are free.*pagedserve plan"):
+        start.start(config(model=str(tmp_path)), silent)
 
 
 def test_the_line_of_the_plan_is_told(model: LoadedModel) -> None:
