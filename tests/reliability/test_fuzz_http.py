@@ -7,6 +7,7 @@ server goes on serving, and whoever is told to go is let go of.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -220,12 +221,12 @@ def test_nothing_is_smuggled_in_a_body(shape: str, shared: Server) -> None:
     whose body the server does not run."""
     url = httpx.URL(shared.url)
     with socket.create_connection((url.host, url.port)) as sock:
-        sock.settimeout(10)
+        sock.settimeout(1)
         sock.sendall(POST + SMUGGLED[shape])
-        sock.shutdown(socket.SHUT_WR)
         received = b""
-        while data := sock.recv(1 << 16):
-            received += data
+        with contextlib.suppress(TimeoutError, ConnectionResetError):  # it may wait for more
+            while data := sock.recv(1 << 16):
+                received += data
     assert len(STATUS.findall(received)) <= 1, received
     assert b'"version"' not in received, "the hidden request was answered"
 
