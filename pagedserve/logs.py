@@ -16,9 +16,14 @@ import re
 from collections.abc import Callable, Iterator
 from urllib.parse import unquote_to_bytes
 
+from pagedserve.errors import shorten
+
 HIDDEN = "[hidden]"
 REQUESTS = "pagedserve.requests"  # the logger of what clients ask, where that is wanted
 MAX_LINE_CHARS = 400  # of a traceback
+MAX_PATH_CHARS = 200  # in an access line
+MAX_CHARS = 16 << 10  # of a whole record: nobody shall buy seconds with a line to be hashed
+MAX_KEY_CHARS = 1024
 MAX_QUOTED_CHARS = 32
 MAX_EDGES = 12  # in one piece of a line that is taken for a key
 
@@ -72,11 +77,17 @@ def without_quotations(line: str) -> str:
 
 def redacted(text: str, is_key: IsKey = no_keys) -> str:
     """`text` with every key that `is_key` knows, and every Authorization value, hidden."""
-    text = HEADER.sub(rf"\1\2{HIDDEN}", text)
+    text = HEADER.sub(rf"\1\2{HIDDEN}", bounded(text))
     text = BEARER.sub(rf"\1{HIDDEN}", text)
     if is_key is no_keys:
         return text
     return WORD.sub(lambda found: without_keys(found[0], is_key), text)
+
+
+def bounded(text: str) -> str:
+    """`text` without its middle, if it is long: a traceback says at its end what happened."""
+    half = MAX_CHARS // 2
+    return text if len(text) <= MAX_CHARS else f"{text[:half]}\n…\n{text[-half:]}"
 
 
 def without_keys(word: str, is_key: IsKey) -> str:
@@ -87,14 +98,14 @@ def without_keys(word: str, is_key: IsKey) -> str:
     pieces = {
         word[start:end]
         for at, start in enumerate(starts)
-        for end in [*ends[at : at + MAX_EDGES], len(word)]
-        if end > start
+        for end in ends[at : at + MAX_EDGES]
+        if start < end <= start + MAX_KEY_CHARS
     }
     for piece in sorted(pieces, key=len, reverse=True):
-        plain = unquote_to_bytes(
-            as_bytes(piece)
-        )  # as in a URL; without a percent sign, as it stands
-        if any(is_key(hashlib.sha256(each).digest()) for each in {plain, as_bytes(piece)}):
+        forms = [as_bytes(piece)]
+        if "%" in piece:  # as in a URL
+            forms.append(unquote_to_bytes(forms[0]))
+        if any(is_key(hashlib.sha256(each).digest()) for each in forms):
             word = word.replace(piece, HIDDEN)
     return word
 
@@ -141,5 +152,5 @@ def without_query(record: logging.LogRecord) -> bool:
     """Take what follows the question mark out of an access record: (client, method, path, …)."""
     if isinstance(record.args, tuple) and len(record.args) > 2:
         client, method, path, *rest = record.args
-        record.args = (client, method, str(path).partition("?")[0], *rest)
+        record.args = (client, method, shorten(str(path).partition("?")[0], MAX_PATH_CHARS), *rest)
     return True

@@ -105,6 +105,9 @@ def test_a_traceback_quotes_little_unless_prompts_are_logged() -> None:
         assert "test_logs.py" in quiet  # where it happened stays
         loud = Redacting("%(message)s", quote=True).format(record("failed", error=error))
         assert prompt in loud
+    cached = record("failed", error=error)
+    logging.Formatter().format(cached)  # another handler was first, and left what it made
+    assert "knee" not in Redacting("%(message)s").format(cached)
     short = raised(lambda: KeyError("max_tokens"))
     assert "KeyError: 'max_tokens'" in Redacting("%(message)s").format(record("x", error=short))
 
@@ -112,13 +115,21 @@ def test_a_traceback_quotes_little_unless_prompts_are_logged() -> None:
 def test_a_line_of_many_quotes_is_read_in_time() -> None:
     for line in ("'" * 100_000, "'\\" * 100_000, "'a\"" * 100_000):
         assert len(logs.without_quotations(line)) <= logs.MAX_LINE_CHARS + 1
-    assert redacted("a." * 20_000, known).startswith("a.")
+    for line in ("a." * 500_000, "%61" * 500_000, "authorization: " * 100_000, "bearer " * 200_000):
+        assert len(redacted(line, known)) <= 2 * logs.MAX_CHARS
+
+
+def test_a_long_record_keeps_its_beginning_and_its_end() -> None:
+    text = redacted("begin " + "word " * 100_000 + "the end", known)
+    assert text.startswith("begin word") and text.endswith("word the end")
 
 
 def test_an_access_line_has_no_query() -> None:
     made = record('%s - "%s %s HTTP/%s" %d', "1.2.3.4:5", "GET", "/v1/models?prompt=hi", "1.1", 200)
     assert without_query(made)
     assert made.getMessage() == '1.2.3.4:5 - "GET /v1/models HTTP/1.1" 200'
+    long = record('"%s %s %s"', "c", "GET", "/" + "a." * 9000)
+    assert without_query(long) and len(long.getMessage()) < 250
     odd = record("no access line")
     assert without_query(odd) and odd.getMessage() == "no access line"
 

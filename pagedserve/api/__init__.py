@@ -9,6 +9,7 @@
     answer.py     one HTTP request's sequences: Deltas as they come, abort exactly once
     openai_*.py   the OpenAI dialect: schema, completions, chat
     sse.py        how a stream is framed
+    startup.py    how far the start is     threads.py  work beside the event loop
     health.py     probes     metrics.py  figures     limits.py  body size
     gate.py       what stands before the routes: listen.py, tls.py, callers.py, keys.py
     origins.py    Host, Origin and CORS     auth.py  keys and their scopes

@@ -24,10 +24,14 @@ STRANGER = Tenant(scope=Scope.USE | Scope.METRICS)  # with --insecure: changes n
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """The open gate of one server. `anybody`: whose requests are where no key is needed."""
+    """The open gate of one server.
+
+    `public`: other machines reach it. `anybody`: whose requests are where no key is needed.
+    """
 
     config: ServerConfig
     sock: socket.socket
+    public: bool
     tls: ssl.SSLContext | None
     keys: Keys
     callers: Callers
@@ -49,7 +53,7 @@ class Gate:
             keys=needed,
         )
         anybody = None if needed else STRANGER if public else ANYBODY
-        return cls(config, sock, context, keys, callers, anybody)
+        return cls(config, sock, public, context, keys, callers, anybody)
 
     @property
     def url(self) -> str:
@@ -74,10 +78,6 @@ class Gate:
             found.append("--insecure: whoever reaches this address can use the server")
         if self.callers.any_origin and self.anybody is not None:
             found.append("--allowed-origin *: any web page that somebody here opens can use it")
-        if (
-            self.anybody is None
-            and self.tls is None
-            and not is_loopback(self.sock.getsockname()[0])
-        ):
+        if self.public and self.anybody is None and self.tls is None:
             found.append("no --ssl-certfile: keys and texts cross the network as they are")
         return found

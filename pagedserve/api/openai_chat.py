@@ -13,8 +13,9 @@ from pagedserve.api.door import visit_of
 from pagedserve.api.openai_logprobs import chat_logprobs
 from pagedserve.api.openai_schema import NEUTRAL_CHAT, ChatBody, read_body
 from pagedserve.api.openai_shapes import Head, check_model, choices_of, json_response, usage_of
-from pagedserve.api.service import INLINE_BYTES, Service, in_thread_if
+from pagedserve.api.service import INLINE_BYTES, Service
 from pagedserve.api.sse import Envelope, EventStream, encode
+from pagedserve.api.threads import in_thread_if
 from pagedserve.errors import RequestError
 from pagedserve.request import SamplingParams, check_prompt_tokens, most_tokens
 from pagedserve.text.chat import NO_TEMPLATE, check_messages

@@ -13,8 +13,9 @@ from pagedserve.api.door import visit_of
 from pagedserve.api.openai_logprobs import Table, prompt_offsets
 from pagedserve.api.openai_schema import NEUTRAL_COMPLETION, CompletionBody, read_body
 from pagedserve.api.openai_shapes import Head, check_model, choices_of, json_response, usage_of
-from pagedserve.api.service import INLINE_BYTES, Service, in_thread_if
+from pagedserve.api.service import INLINE_BYTES, Service
 from pagedserve.api.sse import Envelope, EventStream, encode
+from pagedserve.api.threads import in_thread_if
 from pagedserve.errors import ContextLengthExceeded, RequestError
 from pagedserve.limits import Limits
 from pagedserve.request import (

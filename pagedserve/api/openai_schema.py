@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from starlette.requests import Request as HttpRequest
 
 from pagedserve.api.json_shape import check_shape
-from pagedserve.api.service import in_thread_if
+from pagedserve.api.threads import in_thread_if
 from pagedserve.errors import PagedServeError, RequestError, shorten
 from pagedserve.limits import CEILING, Limits
 from pagedserve.request import MAX_TOKENS, SamplingParams, check_number, check_within

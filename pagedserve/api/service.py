@@ -11,10 +11,8 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 from pagedserve import logs
 from pagedserve.api import checkpoint
@@ -23,6 +21,7 @@ from pagedserve.api.answer import Answer
 from pagedserve.api.checkpoint import TextSide
 from pagedserve.api.metrics import Metrics
 from pagedserve.api.startup import Startup
+from pagedserve.api.threads import in_daemon_thread
 from pagedserve.config import DEMO_MODEL, Config
 from pagedserve.engine.channel import Progress, Ready
 from pagedserve.engine.client import EngineClient
@@ -42,8 +41,6 @@ from pagedserve.text.tokenizer import Tokenizer
 
 log = logging.getLogger("pagedserve")
 requests_log = logging.getLogger(logs.REQUESTS)
-
-T = TypeVar("T")
 
 MAX_LOGGED_TOKENS = 2048  # of a prompt
 INLINE_BYTES = 4096  # the text of bodies up to here is tokenised faster than a thread is reached
@@ -384,43 +381,6 @@ class Service:
 
     def _stream(self, request: Request) -> TextStream:
         return TextStream(self.tokenizer, request.params, request.prompt_token_ids)
-
-
-async def in_thread_if(large: bool, function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`: much work in a thread, so that the event loop goes on.
-
-    A client that leaves meanwhile is noticed when the result is there.
-    """
-    return await asyncio.to_thread(function, *args) if large else function(*args)
-
-
-async def in_daemon_thread(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)` in a thread that does not keep the process alive.
-
-    A pool's threads would: Ctrl-C could not end the server while it downloads.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(cast(T, result))
-
-    def work() -> None:
-        result, failed = None, None
-        try:
-            result = function(*args)
-        except BaseException as error:
-            failed = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, result, failed)
-
-    threading.Thread(target=work, daemon=True).start()
-    return await done
 
 
 def served_name(config: Config) -> str:

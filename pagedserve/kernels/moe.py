@@ -369,10 +369,12 @@ def by_itself(tokens: int, top_k: int, experts: int) -> bool:
 
 def blocks_for(tokens_each: float, gated: bool, small: bool = False) -> Blocks:
     """By how many tokens an expert has on average. small: `has_small_memory`."""
-    if tokens_each <= 16:
+    if tokens_each <= 12:
         return Blocks(16, 64, 128, 4, 3 if gated else 4, 1)
     if tokens_each <= 32:
-        return Blocks(32, 64, 128, 4, 3 if gated else 4, 1)
+        if gated:
+            return Blocks(32, 64, 64, 4, 4 if small else 5, 1)
+        return Blocks(32, 128, 64, 8, 4, 1)
     if gated and small:  # wider ones fit no more than two stages, or spill
         return Blocks(64, 64, 64, 4, 3, 16)
     if tokens_each <= 96:

@@ -83,7 +83,8 @@ class MemoryPlan:
 
     def line(self) -> str:
         """In one line, for people."""
-        parts = [f"{name} {shown(size)}" for name, size in self.items().items() if size > 0]
+        items = {name: size for name, size in self.items().items() if name != "unused"}
+        parts = [f"{name} {shown(size)}" for name, size in items.items() if size > 0]
         return f"{', '.join(parts)}, of {shown(self.total)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from pagedserve.errors import (
 )
 from pagedserve.text.chat import ChatTemplate
 from tests.api.serving import Server
+from tests.api.test_bad_input import BAD, CHAT, TEXT
 from tests.api.toy_engine import RAISE
 
 CAUSE = "OSError: [Errno 5] '/home/me/my-models/llama/model.safetensors' at 0x7f12ab34cd56"
+JSON = {"Content-Type": "application/json"}
 TOLD = "OSError: [Errno 5] '…/model.safetensors' at 0x…"
 
 
@@ -53,6 +56,28 @@ def test_an_error_of_ours_says_to_clients_no_place(kind: type[PagedServeError]) 
 def test_a_clients_own_error_is_told_as_it_was_written() -> None:
     error = RequestError("stop '/a/b/c' is 0xdeadbeef")
     assert b"'/a/b/c' is 0xdeadbeef" in bytes(error_response(error).body)
+
+
+def test_no_refusal_quotes_the_prompt(server: Server) -> None:
+    words = "my-knee-hurts-doctor"
+    for path, wrong, _ in BAD:
+        messages = [{"role": "user", "content": words}]
+        body = ({"messages": messages} if path == CHAT else {"prompt": words}) | wrong
+        answer = server.http.post(path, content=json.dumps(body), headers=JSON)
+        assert answer.status_code == 400 and "knee" not in answer.text
+    for path, body in (
+        (TEXT, {"prompt": words * 5000}),
+        (TEXT, {"prompt": [words, 5]}),
+        (TEXT, {"prompt": {words: words}}),
+        (CHAT, {"messages": words}),
+        (CHAT, {"messages": [{"role": words, "content": words}]}),
+        (CHAT, {"messages": [{"role": "user", "content": {words: words}}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [words]}]}),
+    ):
+        answer = server.http.post(path, json=body)
+        assert answer.status_code == 400 and "knee" not in answer.text, answer.text
+    broken = json.dumps({"prompt": words})[:-1]
+    assert "knee" not in server.http.post(TEXT, content=broken, headers=JSON).text
 
 
 def test_an_exception_that_nobody_foresaw_is_not_quoted() -> None:

@@ -23,12 +23,17 @@ PATH, CHAT = "/v1/completions", "/v1/chat/completions"
 # Runs in every Python process of the server before anything else, and cannot be taken out again.
 SITE = """
 import json, os, sys
+import uvloop
 
 OUT = os.open(os.environ["AUDIT_FILE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 WATCHED = (
     "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
     "pickle.", "ctypes.dlopen", "urllib.", "ftplib.", "smtplib.", "webbrowser.", "shutil.",
-    "os.remove", "os.rename", "os.mkdir", "os.putenv",
+    "os.remove", "os.rename", "os.mkdir", "os.putenv", "uvloop.",
+)
+LOOP_WAYS = (
+    "create_connection", "create_unix_connection", "create_datagram_endpoint", "sock_connect",
+    "sock_sendto", "getaddrinfo", "getnameinfo", "subprocess_exec", "subprocess_shell",
 )
 
 
@@ -43,6 +48,21 @@ def watch(event, arguments):
 
 
 sys.addaudithook(watch)
+
+
+def told(name):
+    # The loop's own ways out go past Python's sockets, and past its hooks.
+    original = getattr(uvloop.Loop, name)
+
+    def outer(self, *args, **options):
+        sys.audit("uvloop." + name, *args)
+        return original(self, *args, **options)
+
+    setattr(uvloop.Loop, name, outer)
+
+
+for name in LOOP_WAYS:
+    told(name)
 """
 
 

@@ -116,6 +116,7 @@ class Script:
     finished: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     scores: dict[int, list[float]] = field(default_factory=dict)
+    entries: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # of written tokens
     aborted: set[int] = field(default_factory=set)
     stats: Stats | None = None
     pending: bool = False
@@ -145,6 +146,9 @@ class Script:
                 for id, token in zip(message.ids, message.token_ids, strict=True):
                     assert id not in self.finished, "a token after the finish"
                     self.written.setdefault(id, []).append(token)
+                for id, entry in zip(message.ids, message.logprobs, strict=False):
+                    if entry is not None:
+                        self.entries.setdefault(id, []).append(entry)
                 for id, entries in message.prompt_logprobs:
                     self.scores.setdefault(id, []).extend(entry.logprob for entry in entries)
                 for finish in message.finished:

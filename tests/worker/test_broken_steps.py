@@ -56,11 +56,14 @@ def test_memory_that_is_short_now_and_then_changes_no_token(
     worker = worker_of(tmp_path, replace(model, decoder=breaking))
     got, scheduler = serve(worker, requests, block_size=BLOCK_SIZE, depth=depth)
     assert breaking.num_broken > 10
+    both = (wanted, got)
     assert not wanted.failed and len(got.failed) <= 1, "alone, three times in a row, by chance"
     for request in requests:
         if request.id not in got.failed:
             assert got.written[request.id] == wanted.written[request.id]
             assert got.scores.get(request.id) == pytest.approx(wanted.scores.get(request.id))
+            ranks = [[entry.rank for entry in each.entries.get(request.id, [])] for each in both]
+            assert ranks[0] == ranks[1]
     assert scheduler.num_steps and sum(map(len, got.written.values())) > 200
 
 
@@ -87,3 +90,44 @@ def test_a_request_that_cannot_be_computed_fails_alone(tmp_path: Path, patient: 
     assert got.failed == {bad: "it cannot be computed: ValueError: poison"}
     del wanted.written[bad]
     assert got.written == wanted.written
+
+
+@pytest.mark.gpu
+def test_graphs_are_dropped_and_captured_again_and_no_token_changes(
+    tmp_path: Path, patient: None
+) -> None:
+    tiny_checkpoint("llama", tmp_path)
+    config = Config.from_options(
+        {"model": str(tmp_path), **LIMITS, "device": "cuda", "dtype": "float32"}
+    )
+    device = pick("cuda")
+    model = load_model(tmp_path, dtype="float32", device=device, context=120)
+    info = replace(settle(config, device, model), eos_token_ids=[2])
+    plain = make(config, device, model, info)
+    requests = requests_of(plain, 60, seed=4)
+    wanted, _ = serve(plain, requests, block_size=BLOCK_SIZE, depth=2)
+    breaking = Breaking(model.decoder, now_and_then(0.02, 4))
+    worker = make(config, device, replace(model, decoder=breaking), info)
+    got, _ = serve(worker, requests, block_size=BLOCK_SIZE, depth=2)
+    assert breaking.num_broken > 5
+    for request in requests:
+        if request.id not in got.failed:
+            assert got.written[request.id] == wanted.written[request.id]
+
+
+@pytest.mark.gpu
+def test_log_probabilities_out_of_graphs_are_those_of_the_same_steps_op_by_op(
+    tmp_path: Path,
+) -> None:
+    tiny_checkpoint("llama", tmp_path, head_dim=64)
+    device = pick("cuda")
+    model = load_model(tmp_path, dtype="bfloat16", device=device, context=120)
+    answers = []
+    for eager in (False, True):
+        options = {**LIMITS, "device": "cuda", "dtype": "bfloat16", "enforce_eager": eager}
+        config = Config.from_options({"model": str(tmp_path), **options})
+        worker = make(config, device, model, settle(config, device, model))
+        requests = requests_of(worker, 40, seed=6)
+        answers.append(serve(worker, requests, block_size=BLOCK_SIZE, depth=2)[0])
+    assert answers[0].written == answers[1].written
+    assert answers[0].entries == answers[1].entries and len(answers[0].entries) > 5
