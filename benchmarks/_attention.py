@@ -74,12 +74,9 @@ PREFILL = {  # name → (tokens, context) of each row
 }
 # Of the CUDA kernel: cluster, warps, tiles at a time, turns ahead, tiles asked of L2.
 FEW_ROWS_SWEEP = [
-    *(
-        (cluster, 4, tiles, depth, 0)
-        for cluster in (4, 8, 16)
-        for tiles, depth in ((1, 0), (2, 0), (1, 2), (1, 3), (2, 1), (2, 2))
-    ),
-    *((cluster, 4, 2, 0, 6) for cluster in (8, 16)),
+    (cluster, 4, tiles, depth, 0)
+    for cluster in (4, 8, 16)
+    for tiles, depth in ((1, 0), (2, 0), (1, 2), (2, 2))
 ]
 # tile, programs a processor, tokens of a bin at least, warps, stages
 DECODE_SWEEP = {
@@ -206,7 +203,7 @@ def many_rows_time(
 ) -> float:
     """As `few_rows_time`; planning is not in it."""
     plan = paged_decode_bulk.plan_bulk(
-        case.shape, tuning, case.block_tables, case.seq_lens, case.query_start_loc
+        native, case.shape, tuning, case.block_tables, case.seq_lens, case.query_start_loc
     )
     maps = paged_decode_bulk.CacheMaps(native)
 

@@ -3,8 +3,8 @@
 //     out[t, h] = softmax(scale · q[t, h] · K_rowᵀ) · V_row       key/value head h / group
 //
 // The keys that rows see are cut into tiles of 16 tokens, the tiles of all rows are laid end to end,
-// and the line is cut into equal bins, as `kernels/paged_decode.py` says and plans. A block of threads
-// takes one bin for all key/value heads, or for `heads` of them where there are more than eight: one
+// and the line is cut into equal bins, by a plan that a step's layers share. A block of threads takes
+// one bin for all key/value heads, or for `heads` of them where there are more than eight: one
 // warp asks for its tiles, and one warp a head multiplies them. A tile of a layer lies together in the
 // cache, so that memory is read in long pieces.
 //
@@ -26,10 +26,10 @@
 //     scores[h][2i + e]: head n, token 8h + 2q + e           out[j][2i + e]: head 2q + e,
 //                        (i = 0)                                             number 16j + 8i + n
 //
-// Rows that a bin's end cuts leave parts: maxima, sums, weighted values as they lie in registers. Of
-// two bins, the second gives its part when it is through with it, near its beginning, and the first
-// adds it to its own at its end. Of more, each gives its part and at its end merges a share of all, so
-// a long row's merge is not one warp's. Whoever waits, waits for blocks that run already: the grid is
+// Rows that a bin's end cuts leave parts: maxima, sums, weighted values as they lie in registers. Of a
+// few bins, all but the first give their part when they are through with it (the last one does so near
+// its beginning), and the first adds them to its own at its end. Of more, each gives its part and at
+// its end merges a share of all, so a long row's merge is not one warp's. Whoever waits, waits for blocks that run already: the grid is
 // not larger than what fits on the GPU at once. What is added up is added in a fixed order.
 //
 // The order of launches (`kernels/launch.py`) lets a block start while kernels before it still run.
@@ -50,8 +50,17 @@ constexpr int MAX_GROUP = 8;  // n of an mma
 constexpr int MAX_HEADS = 8;  // of a block of threads
 constexpr int COLUMN = 64;                // numbers
 constexpr int COLUMN_BYTES = TILE * 128;  // of a stage
-constexpr int FIELDS = 16;                // of a bin's record
+constexpr int MAX_TAKEN = 3;              // parts that a row's first bin takes
+constexpr int PLANNERS = 512;             // threads
 constexpr int FLAGS = 3;                  // a bin and head: launches so far, parts given at them
+
+// A bin's tiles and rows; without tiles, zeros.
+struct alignas(16) Bin {
+    int begin, stop, size;            // size: of all bins but the last
+    int row, row_begin, row_stop;     // the first row
+    int last, last_begin, last_stop;  // the last row
+    int unused[3];
+};
 
 struct Arguments {
     const void* q;           // [tokens, kv_heads · group, D], q_stride numbers between tokens
@@ -60,7 +69,7 @@ struct Arguments {
     const int* seq_lens;     // [rows]
     const int* query_start;  // [rows + 1]
     const int* starts;       // [rows + 1]: tiles before each row
-    const int* bins;         // [bins, FIELDS], see `plan_decode_kernel`
+    const Bin* bins;
     int* flags;              // [bins, kv_heads, FLAGS], zeros at the first launch
     float4* parts;           // [bins, 2, kv_heads, D / 16, 32]
     float2* sums;            // [bins, 2, kv_heads, MAX_GROUP]: maximum, sum of powers
@@ -80,19 +89,19 @@ enum Action : int { NONE, FINISH, GIVE_FIRST, GIVE_LAST, TAKE };
 struct Tile {
     int token;      // of the queries
     int low, high;  // tokens low … high - 1 are seen
-    int action;     // 2 · what follows it + whether its row begins here
+    int action;     // bins of its row · 16 + what follows it · 2 + whether its row begins here
 };
 
-struct Bin {
-    int begin, stop, size;
-    int row, row_begin, row_stop;     // the first row
-    int last, last_begin, last_stop;  // the last row
-};
-
-__device__ __forceinline__ Bin read_bin(const int* bins, int bin) {
-    const int4* at = reinterpret_cast<const int4*>(bins + bin * FIELDS);
+__device__ __forceinline__ Bin read_bin(const Bin* bins, int bin) {
+    const int4* at = reinterpret_cast<const int4*>(bins + bin);
     const int4 x = __ldcg(at), y = __ldcg(at + 1), z = __ldcg(at + 2);
-    return {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w, z.x};
+    return {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w, z.x, {}};
+}
+
+// The first token that a row of so many sees.
+__device__ __forceinline__ int first_seen(int length, int window, int chunk) {
+    const int first = window > 0 ? max(length - window, 0) : 0;
+    return chunk > 0 ? max((length - 1) / chunk * chunk, first) : first;
 }
 
 // Bins that a row is cut into.
@@ -211,16 +220,18 @@ __device__ __forceinline__ void copy_bin(const CUtensorMap& map, const Arguments
         const int r = __ffs(found) - 1;
         const int row_begin = __shfl_sync(~0u, begins, r), row_stop = __shfl_sync(~0u, ends, r);
         const int row_length = __shfl_sync(~0u, length, r), row_token = __shfl_sync(~0u, token, r);
-        int first = 0;
-        if (a.window > 0) first = max(row_length - a.window, 0);
-        if (a.chunk > 0) first = max((row_length - 1) / a.chunk * a.chunk, first);
+        const int first = first_seen(row_length, a.window, a.chunk);
         const int* table = a.table + (base + r) * a.table_stride;
         const int start = tile, stop = min(row_stop, bin.stop);
         const int offset = first / TILE - row_begin;  // tile + offset: the tile's number in its row
-        Action after = FINISH;
+        int after = FINISH << 1;
         if (row_begin < bin.begin || row_stop > bin.stop) {
             const Cut cut(row_begin, row_stop, bin.size);
-            after = row_begin < bin.begin ? GIVE_FIRST : cut.count == 2 ? TAKE : GIVE_LAST;
+            after = (row_begin < bin.begin       ? GIVE_FIRST
+                     : cut.count <= MAX_TAKEN + 1 ? TAKE
+                                                 : GIVE_LAST)
+                        << 1 |
+                    cut.count << 4;
         }
         int ids = 0;  // lane l: entry of tile start + (i & ~31) + l
         for (; tile < stop; ++tile) {
@@ -243,8 +254,7 @@ __device__ __forceinline__ void copy_bin(const CUtensorMap& map, const Arguments
                     if (part == 0)
                         ring.tiles[place.stage] = {row_token, max(first - number * TILE, 0),
                                                    min(row_length - number * TILE, TILE),
-                                                   2 * (tile == stop - 1 ? after : NONE) +
-                                                       (i == 0)};
+                                                   (tile == stop - 1 ? after : NONE << 1) | (i == 0)};
                     expect(full, ring.bytes);
                     copy(ring.stages + place.stage * ring.bytes, map, inside, column, part, id,
                          full);
@@ -356,7 +366,7 @@ struct Merged {
     }
 };
 
-// This bin's share of a row that is cut into more than two: lanes take parts, fours of values, both.
+// This bin's share of a row that is cut into many: lanes take parts, fours of values, both.
 template <class T, int D>
 __device__ __forceinline__ void merge_share(const Arguments& a, const Cut& cut, int bin,
                                             int kv_head, int launch, T* to) {
@@ -370,36 +380,44 @@ __device__ __forceinline__ void merge_share(const Arguments& a, const Cut& cut, 
     __syncwarp();
     int lanes = 4;  // that take one four's parts
     while (lanes < 32 && lanes < cut.count) lanes *= 2;
-    const int used = (a.group + 1) / 2;  // pairs of heads
+    const int used = (a.group + 1) / 2, together = 32 / lanes;  // pairs of heads; fours at a time
     const int fours = D / 16 * 8 * used, share = bin - cut.first;
     const int stop = fours * (share + 1) / cut.count;
-    for (int f = fours * share / cut.count; f < stop; f += 32 / lanes) {
-        const int mine = f + lane / lanes, four = min(mine, stop - 1);
-        const int q = four % used, n = four / used % 8, j = four / used / 8;
-        Merged heads[2];
+    constexpr int BATCH = 4;  // asked for before the first of them is there
+    for (int f = fours * share / cut.count; f < stop; f += BATCH * together) {
+        Merged heads[BATCH][2];
         for (int p = lane % lanes; p < cut.count; p += lanes) {
             const int64_t part = static_cast<int64_t>(slot(p)) * a.kv_heads + kv_head;
-            const float4 x = __ldcg(a.parts + (part * (D / 16) + j) * 32 + 4 * n + q);
-            const float2 sums0 = __ldcg(a.sums + part * MAX_GROUP + 2 * q);
-            const float2 sums1 = __ldcg(a.sums + part * MAX_GROUP + 2 * q + 1);
-            heads[0].add({sums0.x, sums0.y, x.x, x.z});
-            heads[1].add({sums1.x, sums1.y, x.y, x.w});
+            float4 x[BATCH], sums[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int four = min(f + i * together + lane / lanes, stop - 1);
+                const int q = four % used, n = four / used % 8, j = four / used / 8;
+                x[i] = __ldcg(a.parts + (part * (D / 16) + j) * 32 + 4 * n + q);
+                sums[i] = __ldcg(reinterpret_cast<const float4*>(a.sums + part * MAX_GROUP) + q);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                heads[i][0].add({sums[i].x, sums[i].y, x[i].x, x[i].z});
+                heads[i][1].add({sums[i].z, sums[i].w, x[i].y, x[i].w});
+            }
         }
         for (int step = 1; step < lanes; step *= 2)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) heads[e].add(heads[e].across(step));
-        if (lane % lanes == 0 && mine < stop)
+            for (int i = 0; i < 2 * BATCH; ++i)
+                heads[i / 2][i % 2].add(heads[i / 2][i % 2].across(step));
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int head = 2 * q + e;
-                if (head >= a.group) break;
-                if (a.sinks)
-                    heads[e].add({a.sinks[kv_head * a.group + head] * LOG2E, 1.0f, 0.0f, 0.0f});
-                const float total = fmaxf(heads[e].sum, 1e-30f);
-                T* at = to + head * D + 16 * j + n;
-                at[0] = Numbers<T>::round(__fdividef(heads[e].x, total));
-                at[8] = Numbers<T>::round(__fdividef(heads[e].y, total));
-            }
+        for (int i = 0; i < 2 * BATCH; ++i) {
+            const int four = f + i / 2 * together + lane / lanes;
+            const int head = 2 * (four % used) + i % 2;
+            if (lane % lanes != 0 || four >= stop || head >= a.group) continue;
+            Merged& all = heads[i / 2][i % 2];
+            if (a.sinks) all.add({a.sinks[kv_head * a.group + head] * LOG2E, 1.0f, 0.0f, 0.0f});
+            const float total = fmaxf(all.sum, 1e-30f);
+            T* at = to + head * D + four / used / 8 * 16 + four / used % 8;
+            at[0] = Numbers<T>::round(__fdividef(all.x, total));
+            at[8] = Numbers<T>::round(__fdividef(all.y, total));
+        }
     }
 }
 
@@ -503,7 +521,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, c
         if (lane == 0) arrive(ring.empty + 8 * place.stage);
         place.advance(ring.count);
 
-        const int after = tile.action >> 1;
+        const int after = tile.action >> 1 & 7;
         if (after == NONE) continue;
         sums.add_up();
         if (after == GIVE_FIRST || after == GIVE_LAST) {
@@ -515,9 +533,9 @@ __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, c
             if (lane == 0) write_flag(flags + 1 + slot, launch);
             continue;
         }
-        if (after == TAKE) {
-            const int part = part_of(number + 1, 0);
-            while (read_flag(flags + a.kv_heads * FLAGS + 1) != launch) {
+        for (int p = 1; after == TAKE && p < tile.action >> 4; ++p) {
+            const int part = part_of(number + p, 0);
+            while (read_flag(flags + p * a.kv_heads * FLAGS + 1) != launch) {
             }
             __syncwarp();
             sums.take(a.parts + static_cast<int64_t>(part) * (D / 16 * 32),
@@ -533,9 +551,74 @@ __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, c
         const int row = end ? bin.last : bin.row;
         const Cut cut(end ? bin.last_begin : bin.row_begin, end ? bin.last_stop : bin.row_stop,
                       bin.size);
-        if (cut.count > 2)
+        if (cut.count > MAX_TAKEN + 1)
             merge_share<T, D>(a, cut, number, kv_head, launch,
                               heads_of(__ldcg(a.query_start + row)));
+    }
+}
+
+// The sum over threads up to this one, and over all of the block.
+__device__ __forceinline__ int2 sums_to(int x) {
+    __shared__ int warps[PLANNERS / 32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(~0u, x, step);
+        if (lane >= step) x += before;
+    }
+    __syncthreads();
+    if (lane == 31) warps[warp] = x;
+    __syncthreads();
+    int all = 0;
+#pragma unroll
+    for (int w = 0; w < PLANNERS / 32; ++w) {
+        if (w == warp) x += all;
+        all += warps[w];
+    }
+    return {x, all};
+}
+
+// Lay out the tiles of rows of one token, cut them into bins of `least` tiles or more, and clear flags.
+__global__ void __launch_bounds__(PLANNERS)
+    plan_kernel(const int* seq_lens, const int* query_start, int* starts, Bin* bins, int* flags,
+                int rows, int num_bins, int num_flags, int window, int chunk, int least) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    wait_for_earlier_kernels();
+    const int thread = threadIdx.x;
+    for (int i = thread; i < num_flags; i += PLANNERS) flags[i] = 0;
+    int total = 0;
+    for (int from = 0; from < rows; from += PLANNERS) {
+        const int row = from + thread;
+        int tiles = 0;
+        if (row < rows && query_start[row + 1] - query_start[row] == 1) {
+            const int length = seq_lens[row];
+            // A row without context has one tile of nothing, so that its output is written.
+            tiles = max((length + TILE - 1) / TILE - first_seen(length, window, chunk) / TILE, 1);
+        }
+        const int2 sums = sums_to(tiles);
+        if (row < rows) starts[row + 1] = total + sums.x;
+        total += sums.y;
+    }
+    if (thread == 0) starts[0] = 0;
+    __syncthreads();
+    const int size = max((total + num_bins - 1) / num_bins, least);
+    for (int b = thread; b < num_bins; b += PLANNERS) {
+        if (b * size < total)
+            bins[b].begin = b * size, bins[b].stop = min(b * size + size, total), bins[b].size = size;
+        else
+            bins[b] = {};
+    }
+    for (int row = thread; row < rows; row += PLANNERS) {
+        const int begin = starts[row], stop = starts[row + 1];
+        if (begin == stop) continue;
+        for (int b = begin / size; b * size < stop; ++b) {
+            if (b * size >= begin) {
+                bins[b].row = row, bins[b].row_begin = begin, bins[b].row_stop = stop;
+            }
+            if (min(b * size + size, total) <= stop) {
+                bins[b].last = row, bins[b].last_begin = begin, bins[b].last_stop = stop;
+            }
+        }
     }
 }
 
@@ -572,6 +655,24 @@ Kernel kernel_of(int half, int dim) {
     if (dim == 64) return half ? decode_kernel<__half, 64> : decode_kernel<__nv_bfloat16, 64>;
     return half ? decode_kernel<__half, 128> : decode_kernel<__nv_bfloat16, 128>;
 }
+
+// `dependent`: with programmatic stream serialisation.
+struct Launch {
+    cudaLaunchAttribute attribute{};
+    cudaLaunchConfig_t config{};
+
+    Launch(int blocks, int threads, size_t shared, bool dependent, cudaStream_t stream) {
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(static_cast<unsigned>(threads));
+        config.dynamicSmemBytes = shared;
+        config.stream = stream;
+        config.attrs = &attribute;
+        config.numAttrs = dependent ? 1 : 0;
+    }
+    Launch(const Launch&) = delete;  // `config` points here
+};
 
 // Of a block of threads: the ring, what is said of stages, barriers, and room to align it.
 size_t shared_bytes(int dim, int heads, int stages) {
@@ -631,12 +732,23 @@ extern "C" int paged_decode_bulk_describe(void* map, const void* kv, int64_t blo
     return encoded == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Launch a block of threads a bin and `heads` key/value heads on `stream`; a CUDA error, or 0. `dependent`: launched with
-// programmatic stream serialisation. See Arguments and the top of the file for the rest; what is
+// Plan for the layers of one shape; a CUDA error, or 0. starts: [rows + 1]; bins: [num_bins], 48 bytes
+// each, aligned to 16; flags: [num_flags], FLAGS a bin and key/value head.
+extern "C" int paged_decode_bulk_plan(const int* seq_lens, const int* query_start, int* starts,
+                                      void* bins, int* flags, int rows, int num_bins, int num_flags,
+                                      int window, int chunk, int least, cudaStream_t stream) {
+    const Launch launch(1, PLANNERS, 0, true, stream);
+    return cudaLaunchKernelEx(&launch.config, plan_kernel, seq_lens, query_start, starts,
+                              static_cast<Bin*>(bins), flags, rows, num_bins, num_flags, window,
+                              chunk, least);
+}
+
+// Launch a block of threads a bin and `heads` key/value heads on `stream`; a CUDA error, or 0. `dependent`: as in
+// Launch. See Arguments and the top of the file for the rest; what is
 // wrong with them is the caller's to find.
 extern "C" int paged_decode_bulk(const void* map, const void* q, void* out, const int* table,
                                  const int* seq_lens, const int* query_start, const int* starts,
-                                 const int* records, int* flags, float* parts, float* sums,
+                                 const void* records, int* flags, float* parts, float* sums,
                                  const float* sinks, int64_t q_stride, int64_t table_stride,
                                  int rows, int table_width, int kv_heads, int group, int heads,
                                  int dim, int half, int page_shift, int window, int chunk, float scale,
@@ -648,7 +760,7 @@ extern "C" int paged_decode_bulk(const void* map, const void* q, void* out, cons
                               seq_lens,
                               query_start,
                               starts,
-                              records,
+                              static_cast<const Bin*>(records),
                               flags,
                               reinterpret_cast<float4*>(parts),
                               reinterpret_cast<float2*>(sums),
@@ -667,16 +779,8 @@ extern "C" int paged_decode_bulk(const void* map, const void* q, void* out, cons
                               stages,
                               early,
                               scale * LOG2E};  // exp2 makes the weights
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(bins * (kv_heads / heads)));
-    config.blockDim = dim3(static_cast<unsigned>(32 * (heads + 1)));
-    config.dynamicSmemBytes = shared_bytes(dim, heads, stages);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = dependent ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel_of(half, dim),
+    const Launch launch(bins * (kv_heads / heads), 32 * (heads + 1),
+                        shared_bytes(dim, heads, stages), dependent, stream);
+    return cudaLaunchKernelEx(&launch.config, kernel_of(half, dim),
                               *static_cast<const CUtensorMap*>(map), arguments);
 }

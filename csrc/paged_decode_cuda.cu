@@ -508,7 +508,7 @@ struct Variant {
         {1, 64, WARPS, TILES, DEPTH, decode_kernel<__half, 64, WARPS, TILES, DEPTH>}
 
 const Variant variants[] = {VARIANTS(4, 1, 0), VARIANTS(4, 2, 0), VARIANTS(4, 1, 2),
-                            VARIANTS(4, 1, 3), VARIANTS(4, 2, 1), VARIANTS(4, 2, 2)};
+                            VARIANTS(4, 2, 2)};
 
 }  // namespace
 

@@ -401,5 +401,5 @@ def cpu_kernels_wanted() -> bool:
 
 
 def cuda_kernels_wanted() -> bool:
-    """True where PAGEDSERVE_CUDA_KERNELS is "on": attention in CUDA C++ where it fits."""
-    return os.environ.get("PAGEDSERVE_CUDA_KERNELS") == "on"
+    """False where PAGEDSERVE_CUDA_KERNELS is "off": Triton's attention, also where C++ fits."""
+    return os.environ.get("PAGEDSERVE_CUDA_KERNELS") != "off"

@@ -67,11 +67,12 @@ class Device(Protocol):
         """Free and total bytes now."""
         ...
 
-    def recover(self) -> None:
-        """After work that broke off: wait for what was launched, and be ready for more.
+    def wait(self) -> None:
+        """For all that was launched. Raises what the device says where it computes no more."""
+        ...
 
-        Raises what the device says where it computes no more.
-        """
+    def clear(self) -> None:
+        """After work that broke off between two kernels: what is zero between them is zero."""
         ...
 
     def give_back(self) -> None:
@@ -129,8 +130,11 @@ class Cpu:
                 free, total = min(free, max(limit - usage, 0)), limit
         return Memory(free, total)
 
-    def recover(self) -> None:
+    def wait(self) -> None:
         pass  # nothing is under way
+
+    def clear(self) -> None:
+        pass
 
     def give_back(self) -> None:
         pass  # free memory is nobody's here
@@ -186,11 +190,13 @@ class Cuda:
         idle = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
         return Memory(free + idle, total)
 
-    def recover(self) -> None:
+    def wait(self) -> None:
         # An error that ends the context, such as a wild address, is raised again by every call.
         torch.cuda.synchronize(self.torch)
+
+    def clear(self) -> None:
         if self.kernels is not None:
-            self.kernels.recover()
+            self.kernels.clear()
 
     def give_back(self) -> None:
         gc.collect()  # a frame in a cycle may hold tensors
@@ -250,7 +256,10 @@ class Outline:
     def memory(self) -> Memory:
         return self._memory
 
-    def recover(self) -> None:
+    def wait(self) -> None:
+        pass
+
+    def clear(self) -> None:
         pass
 
     def give_back(self) -> None:

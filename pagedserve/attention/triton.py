@@ -234,7 +234,7 @@ class TritonAttention:
         if work is None:
             tuning = paged_decode_bulk.tune(native, shape, self.processors.count)
             work = plan.bulks[shape] = paged_decode_bulk.plan_bulk(
-                shape, tuning, batch.block_tables, batch.seq_lens, batch.query_start_loc
+                native, shape, tuning, batch.block_tables, batch.seq_lens, batch.query_start_loc
             )
         paged_decode_bulk.paged_decode_bulk(
             native, q, kv, out, work, maps, scale=attn.scale, sinks=sinks, first=first

@@ -106,6 +106,10 @@ class Kernels:
         self.native.gelu_tanh(x.data_ptr(), y.data_ptr(), x.numel())
         return y
 
+    def embed(self, input_ids: Tensor, table: Tensor) -> Tensor:
+        """`reference.embed` itself."""
+        return reference.embed(input_ids, table)
+
     def angles(
         self, positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from pagedserve.kernels.capability import has_small_memory
 
 log = logging.getLogger("pagedserve")
 
-FORMAT = 1
+FORMAT = 2
 GEMV_ROWS, SPLIT_ROWS = 1, 64
 # Rows → the largest matrix for which `skinny` was the fastest; at 1 row a gemv is, from there on.
 SKINNY_WEIGHTS = {1: 8 << 20, 2: 1 << 62, 4: 1 << 62, 8: 1 << 62, 16: 32 << 20, 32: 8 << 20}
@@ -144,7 +144,8 @@ def skinny_blocks(product: Product) -> Skinny:
         lines = 32 if product.gated and rows == 8 else 16
         return Skinny(lines, 128, warps, min(steps, 2 if rows == 8 else 1))
     if product.weights <= SKINNY_WEIGHTS[1] and steps <= 3:
-        return Skinny(16, 128, warps, min(steps, 3 if rows == 8 else 32 // rows))
+        lines = 32 if rows == 8 and steps == 2 else 16
+        return Skinny(lines, 128, warps, min(steps, 3 if rows == 8 else 32 // rows))
     few = product.size <= FEW_OUTPUTS
     if rows > 8:
         return Skinny(32, 64, 8, 2) if few else Skinny(16, 128, 4, 32 // rows)

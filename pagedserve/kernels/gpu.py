@@ -51,7 +51,7 @@ class GpuKernels:
         )
         return cls(Scratch.on(device), table)
 
-    def recover(self) -> None:
+    def clear(self) -> None:
         """After work that broke off between two kernels: what is zero between them is zero."""
         for zeros in (self.scratch.count, *self.counts.values()):
             zeros.zero_()

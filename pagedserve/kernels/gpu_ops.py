@@ -12,6 +12,7 @@ from pagedserve.kernels.activation import (
     silu_and_mul,
 )
 from pagedserve.kernels.angles import angles
+from pagedserve.kernels.embedding import embed
 from pagedserve.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from pagedserve.kernels.qk_rope_kv import qk_rope_kv
 from pagedserve.kernels.reference import gelu_tanh
@@ -22,6 +23,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "angles",
+    "embed",
     "gelu_and_mul",
     "gelu_tanh",
     "gelu_tanh_and_mul",

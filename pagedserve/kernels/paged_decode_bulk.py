@@ -1,8 +1,8 @@
 """Attention of one new token for many rows, in CUDA C++: `csrc/paged_decode_bulk_cuda.cu`.
 
-The work in equal shares, as in `paged_decode`, whose plan it shares; but a block of threads takes a
-bin for all key/value heads, and one warp of it keeps bulk copies of whole tiles on their way. It is
-made for bandwidth: `paged_decode_cuda` is for a few rows. Means what `paged_decode` does.
+The work in equal shares, as in `paged_decode`; but a block of threads takes a bin for all key/value
+heads, and one warp of it keeps bulk copies of whole tiles on their way. It is made for bandwidth:
+`paged_decode_cuda` is for a few rows. Means what `paged_decode` does.
 
 A step's lists are made by the first layer of each shape, which is launched after everything before
 it (`first`); the others start early, as `paged_decode_cuda` tells.
@@ -19,9 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pagedserve.kernels.launch import dependent
-from pagedserve.kernels.paged_decode import FIELDS, Shape, plan_constants, plan_decode_kernel
-from pagedserve.kernels.paged_decode import Tuning as PlanTuning
+from pagedserve.kernels.paged_decode import Shape
 from pagedserve.kernels.paged_decode_cuda import HALF, MAX_GROUP, SIZES, TILE, Native
 
 MIN_ROWS = 9
@@ -29,6 +27,7 @@ MAX_HEADS = 8  # key/value heads of a block of threads
 MIN_TILES = 4  # of a bin
 RING_BYTES = 192 << 10  # of a multiprocessor: what is on its way, and what is being multiplied
 MAX_FIT = 4  # blocks of threads on a multiprocessor
+FIELDS = 12  # a bin
 FLAGS = 3  # a bin and head
 MAP_BYTES, MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
 
@@ -59,7 +58,7 @@ class Lists:
         floats = functools.partial(torch.empty, dtype=torch.float32, device=device)
         return cls(
             starts=ints(rows + 1),
-            bins=ints((tuning.bins, FIELDS.value)),
+            bins=ints((tuning.bins, FIELDS)),
             flags=ints(tuning.bins * shape.kv_heads * FLAGS),
             parts=floats((parts, MAX_GROUP * shape.width)),
             sums=floats((parts, 2 * MAX_GROUP)),
@@ -192,29 +191,37 @@ def fits(native: Native, width: int, heads: int, stages: int) -> int:
 
 
 def plan_bulk(
-    shape: Shape, tuning: Tuning, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor
+    native: Native,
+    shape: Shape,
+    tuning: Tuning,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
 ) -> BulkPlan:
     """Share out the rows that compute one token, as `paged_decode.plan_decode` does.
 
     block_tables: [R, blocks], seq_lens: [R], query_start_loc: [R + 1], int32, on the GPU; nothing
-    is read back, so a graph that captures this plans anew at every replay.
+    is read back, so a graph that captures this plans anew at every replay. Raises RuntimeError.
     """
     rows = len(seq_lens)
     assert block_tables.stride(1) == 1 and block_tables.shape[0] == rows
     lists = Lists.on(seq_lens.device, shape, tuning, rows)
-    equal = PlanTuning(TILE, tuning.bins, MIN_TILES, num_warps=4, num_stages=1)
-    plan_decode_kernel[(1,)](
-        seq_lens,
-        query_start_loc,
-        lists.starts,
-        lists.bins,
-        lists.flags,
+    error = native.bulk_plan(
+        seq_lens.data_ptr(),
+        query_start_loc.data_ptr(),
+        lists.starts.data_ptr(),
+        lists.bins.data_ptr(),
+        lists.flags.data_ptr(),
         rows,
+        tuning.bins,
         len(lists.flags),
-        **plan_constants(shape, equal),
-        num_warps=4,
-        **dependent(seq_lens),
+        shape.window,
+        shape.chunk,
+        MIN_TILES,
+        torch.cuda.current_stream(seq_lens.device).cuda_stream,
     )
+    if error:
+        raise RuntimeError(f"the CUDA decode plan was not launched: {native.name_of(error)}")
     return BulkPlan(shape, tuning, block_tables, seq_lens, query_start_loc, lists)
 
 

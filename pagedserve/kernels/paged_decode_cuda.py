@@ -64,7 +64,7 @@ class Tuning:
 class Native:
     """The loaded library, ready on the current device. Raises OSError where it does not work.
 
-    paged_decode: see this module; bulk, bulk_describe, bulk_fit: see `paged_decode_bulk`.
+    paged_decode: see this module; bulk…: see `paged_decode_bulk`.
     """
 
     def __init__(self, path: str):
@@ -80,6 +80,7 @@ class Native:
         self.bulk = function("paged_decode_bulk", BULK_ARGUMENTS)
         self.bulk_describe = function("paged_decode_bulk_describe", [P, P, L, L, L, *[N] * 5])
         self.bulk_fit = function("paged_decode_bulk_fit", [N] * 4)
+        self.bulk_plan = function("paged_decode_bulk_plan", [*[P] * 5, *[N] * 6, P])
         for name in ("paged_decode_prepare", "paged_decode_bulk_prepare"):
             if error := function(name, [])():
                 raise OSError(f"{path}: {self.name_of(error)}")
@@ -154,11 +155,15 @@ def refusal(
 
 
 def tune(shape: Shape, rows: int, processors: int) -> Tuning:
-    """As many blocks a row as keep about two on a processor."""
+    """As many blocks a row as keep about four on a processor; pairs of tiles where it has but one.
+
+    Lengths are not known where a graph is captured. Fewer blocks a row would be faster for many
+    rows of equal length, and much slower where one is long.
+    """
     cluster = MAX_CLUSTER
-    while cluster > 1 and rows * shape.kv_heads * cluster > 2 * processors:
+    while cluster > 1 and rows * shape.kv_heads * cluster > 4 * processors:
         cluster //= 2
-    return Tuning(cluster)
+    return Tuning(cluster, tiles=2 if rows * shape.kv_heads * cluster <= processors else 1)
 
 
 def paged_decode_cuda(

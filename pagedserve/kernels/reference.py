@@ -34,6 +34,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def embed(input_ids: Tensor, table: Tensor) -> Tensor:
+    """input_ids: [T] int64; table: [rows, C] → its rows [T, C]."""
+    return F.embedding(input_ids, table)
+
+
 def angles(
     positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

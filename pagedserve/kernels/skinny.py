@@ -273,7 +273,9 @@ def variant(
 AOT = [
     variant(8, 1024, num_warps=4, ahead=2, norm=True),
     variant(8, 1024, lines=32, num_warps=4, ahead=2, norm=True, gated=True),
-    variant(8, 2048, ahead=2, residual=True),
+    variant(8, 2048, lines=32, ahead=2, residual=True),
+    variant(8, 2048, lines=32, ahead=2, norm=True, gated=True),
+    variant(8, 2048, lines=32, ahead=2, norm=True, bias=True),
     variant(8, 3072, ahead=3, residual=True),
     variant(8, 4096),
     variant(8, 4096, block_k=64, gated=True),
@@ -281,7 +283,6 @@ AOT = [
     variant(8, 14336, block_k=64, ahead=3, residual=True),
     variant(8, 2560, block_k=64, ahead=1, bias=True),
     variant(8, 1000, num_warps=4, ahead=2, norm=True, bias=True),
-    variant(8, 2048, ahead=2, norm=True, gated=True),
     variant(16, 1024, num_warps=4, norm=True, gated=True),
     variant(16, 3072, ahead=2, residual=True),
     variant(16, 4096, num_warps=4, ahead=2),

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagedserve.kernels import reference
+from pagedserve.kernels.ops import Ops
 from pagedserve.layers.linear import Linear
 from pagedserve.layers.norm import Normalize
 
@@ -19,7 +21,7 @@ class Embedding:
 
     `scale` multiplies the table's rows, in the model's own precision, as it was trained: 16 bits
     round the factor too, when the model is put together. `widen`: [C, E], where E is not the
-    hidden size.
+    hidden size. `ops`: of the device.
     """
 
     table: Tensor
@@ -28,10 +30,11 @@ class Embedding:
     positions: Tensor | None = None
     offset: int = 0
     norm: Normalize | None = None
+    ops: Ops = reference
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids, positions: [T] int64 → [T, C]."""
-        x = F.embedding(input_ids, self.table)
+        x = self.ops.embed(input_ids, self.table)
         if self.scale != 1.0:
             x = x * self.scale
         if self.widen is not None:

@@ -248,10 +248,14 @@ class GpuRunner:
         return GpuStep(buffers, layout, sampled, slots, counts, prompt)
 
     def recover(self) -> None:
-        """See `start.Worker`. Graphs hold memory that a step run op by op may need."""
-        self._place.recover()
+        """See `start.Worker`. Graphs hold memory that a step run op by op may need.
+
+        Memory comes first: where there is none, not even a kernel can be launched.
+        """
+        self._place.wait()
         self._stages.drop_graphs()
         self._place.give_back()
+        self._place.clear()
 
     def _join(self, join: Join) -> None:
         """A sequence's tokens and parameters into its row."""

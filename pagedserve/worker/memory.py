@@ -25,6 +25,7 @@ from pagedserve.attention.base import AttentionBackend, Most
 from pagedserve.config import Config
 from pagedserve.device import Memory
 from pagedserve.errors import StartupError
+from pagedserve.limits import CEILING
 from pagedserve.models.loading import LoadedModel
 from pagedserve.spec import Attn, Layer, Mla, Mlp, ModelShape, Moe
 from pagedserve.worker import kv_cache
@@ -36,6 +37,8 @@ CPU_CACHE_SHARE = 0.25  # of the memory that is free: the machine is rarely ours
 CPU_CACHE_BYTES = 4 << 30
 LIBRARY_BYTES = 64 << 20  # cuBLAS's workspaces: of the steps' stream, and of the one that captures
 PROMPT_BYTES = 16  # a logit of a prompt's token: raw, in fp32, its log-probability, and its rank
+# What is found of a prompt's token, kept to the end of its step and of the next.
+COLUMN_BYTES = 2 * (12 + 12 * CEILING.logprobs)
 USUAL_CONTEXT = 8192  # tokens; while fewer fit the cache, steps are made smaller
 
 
@@ -256,7 +259,7 @@ def gpu_bytes(
     step = num_tokens * activation_numbers(spec) * itemsize
     step += backend.workspace_bytes(spec.cached(), most, model.dtype)
     step += num_rows * spec.vocab_size * (4 if in_stages else SORTED_BYTES)
-    prompts = LOGITS_ROWS * spec.vocab_size * PROMPT_BYTES
+    prompts = LOGITS_ROWS * spec.vocab_size * PROMPT_BYTES + num_tokens * COLUMN_BYTES
     eager = config.scheduler.enforce_eager or not in_stages
     return held, step + prompts + LIBRARY_BYTES, 0 if eager else step
 

@@ -102,8 +102,9 @@ class Runner:
 
     def recover(self) -> None:
         """See `start.Worker`. A row's state is written again by the step that is."""
-        self._device.recover()
+        self._device.wait()
         self._device.give_back()
+        self._device.clear()
 
     def _sample(
         self,

@@ -69,7 +69,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(
     arguments = [str(SHAPES / "llama-3.1-8b"), "--gpu-memory", "24", "--max-model-len", "100000"]
     found = planned(capsys, *arguments, status=1)
     assert found["fits"] is False
-    assert re.search(r"100000 does not fit the KV cache: 6\.\d+ GiB are missing", found["error"])
+    assert re.search(r"100000 does not fit the KV cache: 7\.\d+ GiB are missing", found["error"])
     assert "ask for" in found["error"] and "weights 14.96 GiB" in found["error"]
     assert main(["plan", *arguments]) == 1
     assert found["error"] in capsys.readouterr().err

@@ -161,6 +161,17 @@ def check_gate(place: Place, act: str, rows: int, size: int) -> None:
     assert_close(act_and_mul(x, act, 1.5), wanted)
 
 
+def check_embed(place: Place, tokens: int, size: int) -> None:
+    """Any rows of a table, the last one too."""
+    from pagedserve.kernels.embedding import embed
+
+    table = place.strided(29, size)
+    ids = torch.randint(0, 29, (tokens,), device=place.device)
+    ids[-1] = 28
+    settle(place)
+    assert torch.equal(embed(ids, table), reference.embed(ids, table))
+
+
 def check_angles(place: Place, tokens: int, rotated: int, factor: float) -> None:
     """Of positions near and far."""
     from pagedserve.kernels.angles import angles

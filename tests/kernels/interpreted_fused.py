@@ -16,6 +16,7 @@ from tests.kernels.fused import (
     Place,
     assert_close,
     check_angles,
+    check_embed,
     check_gate,
     check_heads,
     check_norms,
@@ -39,6 +40,11 @@ def test_many_short_rows_are_normalised_several_a_program() -> None:
 @pytest.mark.parametrize("act", GATED)
 def test_gates(act: str) -> None:
     check_gate(HERE, act, 2, 37)
+
+
+@pytest.mark.parametrize(("tokens", "size"), ((1, 40), (5, 1030)))
+def test_embedding(tokens: int, size: int) -> None:
+    check_embed(HERE, tokens, size)
 
 
 @pytest.mark.parametrize(("tokens", "rotated"), ((1, 16), (9, 6), (33, 64)))

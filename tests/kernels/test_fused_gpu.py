@@ -21,6 +21,7 @@ from tests.kernels.fused import (
     Place,
     assert_close,
     check_angles,
+    check_embed,
     check_gate,
     check_heads,
     check_norms,
@@ -178,6 +179,11 @@ def test_norms(rows: int, size: int) -> None:
 def test_gates(act: str) -> None:
     check_gate(BFLOAT, act, 3, 1500)
     check_gate(HALF, act, 300, 2048)
+
+
+@pytest.mark.parametrize(("tokens", "size"), ((1, 1024), (300, 4096), (7, 1001)))
+def test_embedding(tokens: int, size: int) -> None:
+    check_embed(BFLOAT, tokens, size)
 
 
 @pytest.mark.parametrize(("tokens", "rotated"), ((1, 128), (8, 32), (700, 64)))

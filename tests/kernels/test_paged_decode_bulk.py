@@ -87,7 +87,7 @@ def plan_of(
     assert paged_decode_bulk.refusal(shape, case.q, case.kv, *given) is None
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     chosen = tuning or paged_decode_bulk.tune(native, shape, processors)
-    return paged_decode_bulk.plan_bulk(shape, chosen, *given)
+    return paged_decode_bulk.plan_bulk(native, shape, chosen, *given)
 
 
 def launch(

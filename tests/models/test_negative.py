@@ -61,7 +61,13 @@ class Weights:
         return None
 
     def read(
-        self, name: str, into: Tensor, *, transposed: bool = False, rows: Tensor | None = None
+        self,
+        name: str,
+        into: Tensor,
+        *,
+        transposed: bool = False,
+        rows: Tensor | None = None,
+        later: bool = False,
     ) -> None:
         """More rows are made than needed, for whoever reads another part of the tensor."""
         count = max(into.shape[0], 1024 if into.dim() == 2 else 16)
@@ -72,6 +78,9 @@ class Weights:
             self.made[name, shape] = made * 0.12 if into.dim() > 1 else made * 0.3 + 0.5
         made = self.made[name, shape]
         into.copy_(made[: into.shape[0]] if rows is None else made[rows])
+
+    def settle(self) -> None:
+        """All is read at once."""
 
     def finish(self) -> None:
         """What a bent spec does not read is left."""

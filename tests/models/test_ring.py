@@ -211,7 +211,12 @@ def test_a_fault_in_any_thread_ends_the_read_with_the_files_name(
     into = torch.empty(5000)
     reading.read(stored["x"], into)
     reading.close()
-    assert not into.isnan().any() and threading.active_count() < 20
+    assert not into.isnan().any()
+    # A pool takes its time to end its threads, but tells them to.
+    for thread in threading.enumerate():
+        if thread.name.startswith("weights"):
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 def test_another_file_in_its_place_is_not_read(tmp_path: Path) -> None:

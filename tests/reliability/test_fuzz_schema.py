@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from pagedserve.api import checkpoint
 from pagedserve.api.app import build_app
+from pagedserve.api.gate import Gate
 from pagedserve.api.keys import Keys
 from pagedserve.api.service import Service
-from pagedserve.config import Config
+from pagedserve.config import Config, ServerConfig
 from pagedserve.engine.channel import AnyMessage, Finish, Ready, Submit
 from pagedserve.request import FinishReason, Request
 from pagedserve.step import TokenLogprobs
@@ -31,7 +32,7 @@ from tests.text.building import byte_level, write_checkpoint
 
 VOCAB_SIZE, MAX_MODEL_LEN = 300, 512
 ENCODER, DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(AnyMessage)
-JSON = [(b"content-type", b"application/json")]
+JSON = [(b"host", b"localhost"), (b"content-type", b"application/json")]
 DECLARED = {400, 404, 408, 413, 429}
 
 COMMON: dict[str, st.SearchStrategy[Any]] = {
@@ -146,7 +147,9 @@ class Site:
         self.service = Service(config, OneToken())  # type: ignore[arg-type]
         self.service.text = checkpoint.load(config.model, lambda phase, detail: None)
         self.service.admission.settle(OneToken.ready)
-        self.app = build_app(self.service, Keys(None, None))
+        gate = Gate.opened(ServerConfig(port=0), Keys(None, None))
+        gate.sock.close()  # nobody connects: the application is called
+        self.app = build_app(self.service, gate)
 
     async def post(self, path: str, body: bytes, headers: list[tuple[bytes, bytes]]) -> Any:
         """Status and body of the answer."""

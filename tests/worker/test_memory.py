@@ -68,7 +68,7 @@ def test_a_gpu_s_parts_are_the_whole() -> None:
 
 def test_the_largest_step_grows_with_its_tokens_rows_and_vocabulary() -> None:
     few, many = planned(max_num_batched_tokens=512), planned(max_num_batched_tokens=1024)
-    assert many.step - few.step == 512 * (6 * 256 + 3 * 512) * 2
+    assert many.step - few.step == 512 * ((6 * 256 + 3 * 512) * 2 + memory.COLUMN_BYTES)
     assert planned(max_num_seqs=9).step - planned(max_num_seqs=8).step == (1 << 20) + 1000 * 24
     assert planned(max_num_seqs=9).rows - planned(max_num_seqs=8).rows == 40_001 * 8 + 2500 * 8
 

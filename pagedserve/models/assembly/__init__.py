@@ -68,7 +68,7 @@ def embed(reader: Reader) -> Embedding:
     offset = spec.positions.offset if spec.positions is not None else 0
     norm = reader.norm("embed_norm")
     scale = float(torch.tensor(spec.embed_scale, dtype=reader.dtype))
-    return Embedding(table, scale, widen, positions, offset, norm)
+    return Embedding(table, scale, widen, positions, offset, norm, reader.ops)
 
 
 def block(reader: Reader, i: int, shared: Shared) -> Block:
