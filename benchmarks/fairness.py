@@ -50,17 +50,21 @@ OPENING = "<|im_start|>user\nTell me a story about a fox.<|im_end|>\n<|im_start|
 
 @dataclass(frozen=True)
 class Setting:
-    """`flags` of the server; `shared`: the flood has the quiet client's key."""
+    """`flags` of the server; `shared`: the flood has the quiet client's key.
+
+    `part`: of the requests, where each waits for seconds.
+    """
 
     flooded: bool = True
     shared: bool = False
+    part: float = 1.0
     flags: tuple[str, ...] = ()
 
 
 SETTINGS = {
     "idle": Setting(flooded=False),
     "flood": Setting(),
-    "one queue": Setting(shared=True),
+    "one queue": Setting(shared=True, part=0.2),
     "no room": Setting(flags=("--num-gpu-blocks-override", "300")),
 }
 COLOURS = {"idle": "#666666", "flood": "#1b5fc2", "one queue": "#c26a1b", "no room": "#1b9e77"}
@@ -79,11 +83,11 @@ def main() -> int:
             times = idle and round(found["ttft_ms"]["p50"] / idle["p50"], 2)
             results.append({"benchmark": "fairness", "setting": name, "times_idle": times, **found})
             shown = {key: value for key, value in results[-1].items() if key != "samples_ms"}
+            args.data.write_text(json.dumps(results, indent=1) + "\n")
             print(json.dumps({**shown, **machine.versions()}), flush=True)
     except PagedServeError as error:
         print(f"fairness.py: {error.message}", file=sys.stderr)
         return 1
-    args.data.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if any(each["failed"] for each in results) else 0
 
 
@@ -129,14 +133,12 @@ def ask_beside(url: str, setting: Setting, args: argparse.Namespace) -> dict[str
     quiet = Target(url, api_key=QUIET, timeout=120)
     asyncio.run(ask_all(quiet.plan(jobs(WARM_UP, args, seed=1), 1), time.monotonic()))
     flood = multiprocessing.Process(target=flood_with, args=(url, setting.shared, args))
-    before = written(url)
+    before, count = written(url), max(1, round(args.requests * setting.part))
     began = time.monotonic()
     if setting.flooded:
         flood.start()
         time.sleep(LEAD_SECONDS)
-    outcomes = asyncio.run(
-        ask_all(quiet.plan(jobs(args.requests, args, seed=2), 1), time.monotonic())
-    )
+    outcomes = asyncio.run(ask_all(quiet.plan(jobs(count, args, seed=2), 1), time.monotonic()))
     tokens, seconds = written(url) - before, time.monotonic() - began
     if setting.flooded:
         flood.kill()
@@ -147,7 +149,7 @@ def ask_beside(url: str, setting: Setting, args: argparse.Namespace) -> dict[str
         "ttft_ms": found["ttft_ms"],
         "failed": found["failed"],
         "first_error": next((each.error for each in outcomes if each.error), None),
-        "requests": args.requests,
+        "requests": count,
         "crowd": args.crowd if setting.flooded else 0,
         "tokens_per_s_in_all": round(tokens / seconds, 1),
         "samples_ms": [round(each, 2) for each in samples],
