@@ -29,8 +29,9 @@
 // Rows that a bin's end cuts leave parts: maxima, sums, weighted values as they lie in registers. Of a
 // few bins, all but the first give their part when they are through with it (the last one does so near
 // its beginning), and the first adds them to its own at its end. Of more, each gives its part and at
-// its end merges a share of all, so a long row's merge is not one warp's. Whoever waits, waits for blocks that run already: the grid is
-// not larger than what fits on the GPU at once. What is added up is added in a fixed order.
+// its end merges a share of all, so a long row's merge is not one warp's. Whoever waits, waits for
+// blocks that run already: the grid is not larger than what fits on the GPU at once. What is added up
+// is added in a fixed order.
 //
 // The order of launches (`kernels/launch.py`) lets a block start while kernels before it still run.
 // With `early`, lists, lengths, tables and all tokens but a row's newest are read before the wait: a
@@ -706,7 +707,8 @@ extern "C" int paged_decode_bulk_fit(int dim, int half, int heads, int stages) {
 }
 
 // Describe one layer's part of the cache, [blocks, 2, page, kv_heads, dim], in `map`, the 128 bytes,
-// aligned to 64, of a CUtensorMap, for copies of `heads` heads; a CUDA error, or 0. Strides in numbers.
+// aligned to 64, of a CUtensorMap, for copies of `heads` heads; a CUDA error, or 0. Strides in
+// numbers.
 extern "C" int paged_decode_bulk_describe(void* map, const void* kv, int64_t blocks,
                                           int64_t block_stride, int64_t part_stride, int page,
                                           int kv_heads, int heads, int dim, int half) {
@@ -727,7 +729,7 @@ extern "C" int paged_decode_bulk_describe(void* map, const void* kv, int64_t blo
         static_cast<CUtensorMap*>(map),
         half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
         const_cast<void*>(kv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return encoded == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -743,9 +745,9 @@ extern "C" int paged_decode_bulk_plan(const int* seq_lens, const int* query_star
                               chunk, least);
 }
 
-// Launch a block of threads a bin and `heads` key/value heads on `stream`; a CUDA error, or 0. `dependent`: as in
-// Launch. See Arguments and the top of the file for the rest; what is
-// wrong with them is the caller's to find.
+// Launch a block of threads a bin and `heads` key/value heads on `stream`; a CUDA error, or 0.
+// `dependent`: as in Launch. See Arguments and the top of the file for the rest; what is wrong with
+// them is the caller's to find.
 extern "C" int paged_decode_bulk(const void* map, const void* q, void* out, const int* table,
                                  const int* seq_lens, const int* query_start, const int* starts,
                                  const void* records, int* flags, float* parts, float* sums,

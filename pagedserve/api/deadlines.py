@@ -48,18 +48,25 @@ class Deadlines:
 
     def next(self, *, computed: bool, written: bool) -> float:
         """The first moment that matters to a request that is, or is not, computed and written."""
-        first = math.inf if written else self.first_token
-        queue = math.inf if computed or written else self.queue
-        return min(self.total, first, queue)
+        return min(self._moments(computed, written).values())
 
     def expired(self, now: float, *, computed: bool, written: bool) -> tuple[str, DeadlineError]:
-        """The reason, for /metrics, and the error of a request whose next moment has come."""
-        if now >= self.total:
-            return "total", self._error("total")
-        if not written and now >= self.first_token:
-            return "ttft", self._error("ttft")
-        assert not computed, "no deadline has passed"
-        return "queue", self._error("queue")
+        """The reason, for /metrics, and the error of a request whose next moment has come.
+
+        Where several have come, because somebody looked late, it is the first of them.
+        """
+        moments = self._moments(computed, written)
+        kind = min(moments, key=moments.__getitem__)
+        assert moments[kind] <= now, "no deadline has passed"
+        return kind, self._error(kind)
+
+    def _moments(self, computed: bool, written: bool) -> dict[str, float]:
+        moments = {"total": self.total}
+        if not written:
+            moments["ttft"] = self.first_token
+            if not computed:
+                moments["queue"] = self.queue
+        return moments
 
     def _error(self, kind: str) -> DeadlineError:
         queue, first, total = self.seconds

@@ -18,16 +18,17 @@ so blocks and slot are given back only when no launched step touches the sequenc
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 from pagedserve.engine.block_pool import BlockPool
+from pagedserve.engine.coming import Coming
 from pagedserve.engine.sequence import Sequence, Status
 from pagedserve.engine.waiting import Waiting
 from pagedserve.request import FinishReason, Request
 from pagedserve.step import BlockId, Join, Slot, Step, StepOutput, TokenLogprobs
 
-HELD_TOKENS = 256  # that a request rather waits for than computes them once more
+MAX_HELD = 32  # requests that are passed over in a step: each is looked up in the cache again
 
 
 @dataclass(slots=True)
@@ -66,8 +67,7 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}
         self._free_slots = [Slot(slot) for slot in reversed(range(max_num_seqs))]
         self._launched: deque[list[Sequence]] = deque()  # rows of each launched step
-        self._filling: deque[list[bytes]] = deque()  # hashes of the blocks that each fills
-        self._coming: Counter[bytes] = Counter()  # all of those
+        self._coming = Coming(block_size)
         self._started: list[tuple[int, int]] = []
         self._releasing = 0  # blocks that come free when launched steps are committed
         self.num_steps = 0
@@ -116,14 +116,13 @@ class Scheduler:
             self._waiting.settle(self.running)
             self._claim_room()
         budget = self._schedule_running(step, rows, self.token_budget)
-        filled: list[bytes] = []
-        if len(rows) < self.token_budget - budget:
+        if len(rows) < self.token_budget - budget and self.pool.caching:
             for sequence, start, count in zip(rows, step.starts, step.counts, strict=True):
-                self._fill(sequence, start, start + count, filled)
-        self._admit(step, rows, budget, filled)
+                self._coming.fill(sequence, start, start + count)
+        self._admit(step, rows, budget)
         if not rows:
             return None
-        self._filling.append(filled)
+        self._coming.launched()
         self.num_steps += 1
         self._launched.append(rows)
         return step
@@ -178,41 +177,29 @@ class Scheduler:
         self._grow(sequence, missing, step)
         return True
 
-    def _admit(self, step: Step, rows: list[Sequence], budget: int, filled: list[bytes]) -> None:
-        while budget > 0 and self._free_slots and (sequence := self._next_waiting()) is not None:
+    def _admit(self, step: Step, rows: list[Sequence], budget: int) -> None:
+        held: list[Sequence] = []  # wait for what is coming; others go before, with what is left
+        reserved = 0  # blocks for those: whoever passes them takes nothing that they need
+        while budget > 0 and len(self._free_slots) > len(held) < MAX_HELD:
+            if (sequence := self._next_waiting()) is None:
+                break
             hits = self._find_prefix(sequence)
             missing = self._blocks_for(sequence.length) - len(hits)
-            if self._is_held(sequence, len(hits)) or not self._has_room(hits, missing):
+            if not self._has_room(hits, missing + reserved):
                 break
+            if self._coming.holds(sequence, len(hits)):
+                self._waiting.set_aside(sequence)
+                held.append(sequence)
+                reserved += missing + self._num_free(hits)
+                continue
             self._waiting.take(sequence)
             self._start(sequence, hits, step)
             self._grow(sequence, missing, step)
             start = sequence.num_computed
             budget = self._first_row(step, rows, sequence, budget)
-            self._fill(sequence, start, sequence.num_computed, filled)
-
-    def _is_held(self, sequence: Sequence, num_hits: int) -> bool:
-        """True where a launched step computes most of what `sequence` would have to.
-
-        A burst of requests that begin alike waits for the first of them, a step or two, and then
-        finds its beginning in the cache.
-        """
-        num_coming = 0
-        for prefix_hash in sequence.hashes[num_hits:]:
-            if prefix_hash not in self._coming:
-                break
-            num_coming += self.block_size
-        missing = len(sequence.tokens) - num_hits * self.block_size
-        return num_coming >= HELD_TOKENS and 2 * num_coming >= missing
-
-    def _fill(self, sequence: Sequence, start: int, end: int, filled: list[bytes]) -> None:
-        """Let others wait for the blocks of known tokens from `start` to `end`; add to `filled`."""
-        if end - start > 1 and sequence.reuse and self.pool.caching:
-            full = min(end, len(sequence.tokens)) // self.block_size
-            sequence.extend_hashes(full, self.block_size)
-            hashes = sequence.hashes[start // self.block_size : full]
-            self._coming.update(hashes)
-            filled += hashes
+            if self.pool.caching:
+                self._coming.fill(sequence, start, sequence.num_computed)
+        self._waiting.put_back(held)
 
     def _has_room(self, hits: list[BlockId], missing: int) -> bool:
         """True where a sequence that finds `hits` and needs `missing` blocks may be admitted.
@@ -220,8 +207,10 @@ class Scheduler:
         Room for all that is known of it, and for every running one to grow once: a sequence
         admitted into the last block would be the next one preempted.
         """
-        revived = sum(map(self.pool.is_free, hits))
-        return self.pool.num_free - revived >= missing + len(self.running)
+        return self.pool.num_free - self._num_free(hits) >= missing + len(self.running)
+
+    def _num_free(self, hits: list[BlockId]) -> int:
+        return sum(map(self.pool.is_free, hits))
 
     def _claim_room(self) -> None:
         """Preempt one of the tenant with most running where a tenant with none has its turn.
@@ -331,8 +320,7 @@ class Scheduler:
     def commit(self, step: Step, output: StepOutput) -> Committed:
         """Take in what `step` sampled; steps are committed in the order they were scheduled."""
         rows = self._launched.popleft()
-        if filled := self._filling.popleft():
-            self._coming -= Counter(filled)
+        self._coming.committed()
         committed = Committed()
         block_size, ids, token_ids = self.block_size, committed.ids, committed.token_ids
         sampled, logprobs = iter(output.token_ids), iter(output.logprobs)

@@ -125,6 +125,17 @@ class Waiting:
         self._turns += 1
         self._aged = None
 
+    def set_aside(self, sequence: Sequence) -> None:
+        """Let others come before `sequence`, which `head` gave, until it is put back."""
+        self._lines[sequence.request.tenant].remove(sequence)
+        self._aged = None
+
+    def put_back(self, sequences: Iterable[Sequence]) -> None:
+        """Queue those that were set aside as if they had never left: what they have used stays."""
+        for sequence in sequences:
+            heapq.heappush(self._lines[sequence.request.tenant].heap, sequence)
+            self._aged = None
+
     def left(self, sequence: Sequence) -> None:
         """`sequence` is not running any more."""
         self.charge(sequence)

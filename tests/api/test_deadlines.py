@@ -42,7 +42,8 @@ def test_a_deadline_counts_while_it_matters() -> None:
     for now, computed, written, reason, code in (
         (1.0, False, False, "queue", "queue_timeout"),
         (2.5, True, False, "ttft", "ttft_timeout"),
-        (9.0, False, False, "total", "request_timeout"),
+        (9.0, True, True, "total", "request_timeout"),
+        (9.0, False, False, "queue", "queue_timeout"),  # all have passed: the first of them
     ):
         found, error = made.expired(now, computed=computed, written=written)
         assert (found, error.code, error.status) == (reason, code, 504)

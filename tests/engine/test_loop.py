@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagedserve.engine import coming
+from pagedserve.engine.coming import Coming
 from pagedserve.engine.scheduler import Scheduler
+from pagedserve.engine.sequence import Sequence
 from tests.engine.toy import Load, Script, alone
 
 
@@ -33,6 +36,7 @@ def check_nothing_leaked(scheduler: Scheduler, load: Load) -> None:
     assert all(scheduler.pool.is_free(block) for block in range(load.num_blocks))
     assert sorted(scheduler._free_slots) == list(range(load.num_slots))
     assert scheduler.idle and not scheduler.running and scheduler._releasing == 0
+    assert not scheduler._coming
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -48,6 +52,28 @@ def test_random_loads_give_the_tokens_of_a_sequential_run_and_leak_nothing(depth
         hits += scheduler.num_prefix_hits
         mixed += gpu.num_mixed_steps
     assert preemptions > 50 and hits > 1000 and mixed > 500, "the loads do not reach every path"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_requests_that_wait_for_a_beginning_get_the_same_tokens(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same loads, with beginnings worth waiting for: aborts and preemptions fall among them."""
+    monkeypatch.setattr(coming, "HELD_TOKENS", 4)
+    num_held, holds = [0], Coming.holds
+
+    def counted(self: Coming, sequence: Sequence, num_hits: int) -> bool:
+        held = holds(self, sequence, num_hits)
+        num_held[0] += held
+        return held
+
+    monkeypatch.setattr(Coming, "holds", counted)
+    for seed in range(300):
+        load = Load(seed, budget=40, num_slots=12)
+        script, scheduler, _ = load.run(depth)
+        check_tokens(load, script)
+        check_nothing_leaked(scheduler, load)
+    assert num_held[0] > 20, "the loads do not reach the path"
 
 
 @settings(max_examples=200, deadline=None)

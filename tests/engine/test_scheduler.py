@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from pagedserve.engine.block_pool import BlockPool
-from pagedserve.engine.scheduler import Scheduler
+from pagedserve.engine.scheduler import MAX_HELD, Scheduler
 from pagedserve.request import FinishReason, Request, SamplingParams
 from pagedserve.step import Step, StepOutput, TokenLogprobs
 
@@ -101,6 +101,45 @@ def test_a_burst_that_begins_alike_waits_for_the_first_to_compute_the_beginning(
     s.commit(second, StepOutput([9]))
     s.commit(third, StepOutput([9, 9, 9]))
     assert s.num_prefix_hits == 800
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_who_waits_for_a_beginning_holds_up_nobody_behind_it(depth: int) -> None:
+    """Ten pairs: the first of each is computed in one step, though the second of each waits."""
+    s = scheduler(blocks=2400, slots=40, budget=5000)
+    for pair in range(10):
+        prompt = [pair * 7 + i % 5 for i in range(400)]
+        for at in range(2):
+            id = 2 * pair + at
+            s.add(Request(id, [*prompt, 90 + at], SamplingParams(max_tokens=4), 0, 0, float(id)))
+    launched = [s.schedule() for _ in range(depth)]
+    assert [id for id, _ in s.take_started()] == list(range(0, 20, 2))
+    for step in launched:
+        assert step is not None
+        s.commit(step, StepOutput([9] * sum(step.samples)))
+    advance(s)
+    assert s.take_started() == [(id, 400) for id in range(1, 20, 2)]  # in their order
+
+
+@pytest.mark.parametrize(("blocks", "slots"), [(400, 2), (215, 3)], ids=["slots", "blocks"])
+def test_who_passes_by_takes_no_room_from_the_one_that_waits(blocks: int, slots: int) -> None:
+    s = scheduler(blocks=blocks, slots=slots, budget=2000)
+    s.add(alike(1, 400, 20))
+    s.add(alike(2, 400, 20))
+    s.add(request(3, length=20, first=50))
+    advance(s)
+    assert [id for id, _ in s.take_started()] == [1]
+    advance(s)
+    assert (2, 400) in s.take_started()
+
+
+def test_a_step_looks_at_few_of_those_that_wait_for_a_beginning() -> None:
+    s = scheduler(blocks=9000, slots=80, budget=2000)
+    for id in range(2 * MAX_HELD):
+        s.add(alike(id, 400, 20))
+    s.add(request(99, length=20, first=50))
+    s.schedule()
+    assert [id for id, _ in s.take_started()] == [0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from pagedserve.engine.block_pool import BlockPool
 from pagedserve.engine.loop import Engine
 from pagedserve.engine.scheduler import Scheduler
-from pagedserve.engine.waiting import AGEING_TURNS, OUTPUT_COST, PROMPT_COST
+from pagedserve.engine.sequence import Sequence, Status
+from pagedserve.engine.waiting import AGEING_TURNS, OUTPUT_COST, PROMPT_COST, Waiting
 from pagedserve.request import Request, SamplingParams
 from pagedserve.step import StepOutput
 from tests.engine.test_scheduler import advance, scheduler
@@ -241,3 +242,28 @@ def test_tokens_from_the_cache_are_not_charged() -> None:
         advance(s)
     line = s._waiting._lines[3]
     assert line.used == PROMPT_COST * (16 + 4) + OUTPUT_COST * 2
+
+
+def test_a_sequence_that_is_set_aside_comes_back_to_its_place_and_its_tenant_to_its_level() -> None:
+    r = random.Random(3)
+    for _ in range(50):
+        here, there = Waiting(), Waiting()
+        for at in range(1, r.randint(3, 90)):
+            sequence = Sequence(request(at, r.randint(0, 3), priority=r.randint(0, 1)), frozenset())
+            here.push(sequence)
+            there.push(sequence)
+        while (head := there.head()) is not None:
+            aside = []
+            for _ in range(r.randint(0, 4)):
+                if (other := here.head()) is not None:
+                    here.set_aside(other)
+                    aside.append(other)
+            assert len({id(each) for each in aside}) == len(aside)
+            here.put_back(aside)
+            assert here.head() is head
+            for waiting in (here, there):
+                waiting.take(head)
+                waiting.charge_prompt(head, 0)
+            head.status = Status.FINISHED
+            for waiting in (here, there):
+                waiting.left(head)

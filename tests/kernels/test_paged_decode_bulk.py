@@ -84,7 +84,8 @@ def plan_of(
     """As the backend makes it."""
     shape = shape_of(case.attn, case.kv.shape[2], case.kv.dtype)
     given = case.block_tables, case.seq_lens, case.query_start_loc
-    assert paged_decode_bulk.refusal(shape, case.q, case.kv, *given) is None
+    refused = paged_decode_bulk.refusal(shape, case.q, case.kv, *given)
+    assert refused is None or len(case.lens) < paged_decode_bulk.MIN_ROWS, refused
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     chosen = tuning or paged_decode_bulk.tune(native, shape, processors)
     return paged_decode_bulk.plan_bulk(native, shape, chosen, *given)
@@ -298,10 +299,10 @@ def test_the_backend_decodes_many_rows_by_it_beside_prompts_too(
 
 def test_what_it_cannot_do_is_said() -> None:
     shape = Shape(kv_heads=2, group=4, width=64)
-    q = torch.zeros(9, 8, 64, dtype=torch.bfloat16)
+    q = torch.zeros(16, 8, 64, dtype=torch.bfloat16)
     kv = torch.zeros(3, 2, 16, 2, 64, dtype=torch.bfloat16)
-    tables, lens = torch.zeros(9, 5, dtype=torch.int32), torch.ones(9, dtype=torch.int32)
-    starts = torch.arange(10, dtype=torch.int32)
+    tables, lens = torch.zeros(16, 5, dtype=torch.int32), torch.ones(16, dtype=torch.int32)
+    starts = torch.arange(17, dtype=torch.int32)
 
     def reason(
         shape: Shape = shape,
@@ -315,7 +316,7 @@ def test_what_it_cannot_do_is_said() -> None:
         return paged_decode_bulk.refusal(*given, **options) or ""
 
     assert reason() == ""
-    assert "8 rows are less than 9" in reason(lens=lens[:8])
+    assert "15 rows are less than 16" in reason(lens=lens[:15])
     assert "softcap" in reason(softcap=3.0)
     assert "biases" in reason(slopes=torch.zeros(8))
     assert "64 or 128" in reason(replace(shape, width=96))
@@ -326,7 +327,7 @@ def test_what_it_cannot_do_is_said() -> None:
     assert "torch.float32" in reason(q=q.float(), kv=kv.float())
     assert "torch.float16" in reason(q=q.half())
     assert "torch.int64 are not int32" in reason(starts=starts.long())
-    odd = torch.zeros(9 * 513, dtype=torch.bfloat16).view(9, 513)[:, :512].view(9, 8, 64)
+    odd = torch.zeros(16 * 513, dtype=torch.bfloat16).view(16, 513)[:, :512].view(16, 8, 64)
     assert "queries are not aligned" in reason(q=odd)
     shifted = torch.zeros(3 * 4096 + 4, dtype=torch.bfloat16)[4:].view(3, 2, 16, 2, 64)
     assert "keys are not aligned" in reason(kv=shifted)
