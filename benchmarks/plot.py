@@ -12,10 +12,12 @@ with a `series` of its own, and run this again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.svg")
     args = parser.parse_args()
     data = read(args.data)
-    if find_spec("matplotlib") is None:
-        sys.exit("plot.py: needs matplotlib; pip install matplotlib")
     draw(data, args.out)
     print(f"{args.out}: {len(data['decode'])} points", file=sys.stderr)
 
@@ -52,34 +52,45 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any], out: Path) -> None:
-    """The whole figure, as SVG whose text stays text; the same data gives the same bytes."""
+    """The whole figure."""
+    models = list(dict.fromkeys(row["model"] for row in data["decode"]))
+    looks = looks_of(data["decode"])
+    with svg(out, len(models), (4.2 * len(models), 4.6)) as (figure, panels):
+        for panel, model in zip(panels, models, strict=True):
+            floor(panel, model, data)
+            sizes = sorted({row["batch"] for row in data["decode"] if row["model"] == model})
+            for series, (colour, mark) in looks.items():
+                found = [r for r in data["decode"] if (r["model"], r["series"]) == (model, series)]
+                line(panel, sorted(found, key=lambda r: r["batch"]), sizes, series, colour, mark)
+            name = "ms between tokens of a sequence"
+            panel.set(xscale="log", yscale="log", title=model, xlabel=name)
+            plain_ticks(panel.xaxis, panel.yaxis)
+            panel.grid(True, linewidth=0.3)
+        panels[0].set_ylabel("output tokens/s of the batch")
+        figure.suptitle(f"Decode on one {data['gpu']}, bf16, context {data['context']} (mean)")
+        named = {
+            label: handle
+            for panel in panels
+            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=9)
+
+
+@contextlib.contextmanager
+def svg(out: Path, panels: int, inches: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+    """A figure and its panels, written behind the block as SVG whose text stays text.
+
+    The same data gives the same bytes. Exits where there is no matplotlib.
+    """
+    if find_spec("matplotlib") is None:
+        sys.exit("needs matplotlib; pip install matplotlib")
     import matplotlib
     import matplotlib.pyplot as plt
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pagedserve"})
-    models = list(dict.fromkeys(row["model"] for row in data["decode"]))
-    looks = looks_of(data["decode"])
-    figure, panels = plt.subplots(
-        1, len(models), figsize=(4.2 * len(models), 4.6), squeeze=False, layout="constrained"
-    )
-    for panel, model in zip(panels[0], models, strict=True):
-        floor(panel, model, data)
-        sizes = sorted({row["batch"] for row in data["decode"] if row["model"] == model})
-        for series, (colour, mark) in looks.items():
-            found = [r for r in data["decode"] if (r["model"], r["series"]) == (model, series)]
-            line(panel, sorted(found, key=lambda r: r["batch"]), sizes, series, colour, mark)
-        panel.set(xscale="log", yscale="log", title=model, xlabel="ms between tokens of a sequence")
-        plain_ticks(panel)
-        panel.grid(True, linewidth=0.3)
-    panels[0][0].set_ylabel("output tokens/s of the batch")
-    figure.suptitle(f"Decode on one {data['gpu']}, bf16, context {data['context']} (mean)")
-    named = {
-        label: handle
-        for panel in panels[0]
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=9)
+    figure, grid = plt.subplots(1, panels, figsize=inches, squeeze=False, layout="constrained")
+    yield figure, grid[0]
     figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
 
@@ -132,11 +143,11 @@ def floor(panel: Any, model: str, data: dict[str, Any]) -> None:
     panel.plot(times, rates, color="#666666", linestyle="--", linewidth=1, label="roofline")
 
 
-def plain_ticks(panel: Any) -> None:
+def plain_ticks(*axes: Any) -> None:
     """Numbers as people write them, also between powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for axis in (panel.xaxis, panel.yaxis):
+    for axis in axes:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.10g}"))
         axis.set_minor_formatter(NullFormatter())

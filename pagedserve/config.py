@@ -359,7 +359,12 @@ def metavar(name: str, kind: type, choices: tuple[str, ...] | None) -> str | Non
     """How the help calls a flag's value; None where it lists the choices."""
     if choices:
         return None
-    return "JSON" if kind is dict else name.rsplit("_", 1)[-1].upper()
+    if kind is dict:
+        return "JSON"
+    if name.endswith("_timeout"):
+        return "SECONDS"
+    word = name.rsplit("_", 1)[-1].upper()
+    return "N" if kind in (int, float) and word not in ("BYTES", "PORT", "SEED") else word
 
 
 def api_key_from_environment() -> str | None:

@@ -129,6 +129,9 @@ class Metrics:
         yield self._gauge("num_requests_running", "Sequences being computed", stats.running)
         yield self._gauge("num_requests_waiting", "Sequences in the queue", stats.waiting)
         yield self._gauge("kv_cache_usage_perc", "Used share of the KV blocks; 1 is full", used)
+        yield self._gauge("kv_blocks", "Blocks of the KV cache", stats.blocks_total)
+        free = stats.blocks_total - stats.blocks_used
+        yield self._gauge("kv_blocks_free", "KV blocks that no sequence holds", free)
         yield self._counter("num_preemptions", "Preempted sequences", stats.preemptions)
         yield self._counter(
             "prefix_cache_queries", "Prompt tokens looked up in the cache", stats.prefix_queries

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import asyncio
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from pagedserve.api.openai_shapes import error_response
 from pagedserve.errors import RequestError
@@ -21,7 +25,7 @@ HEAD_SECONDS = 30.0  # for request line and headers, and for the first byte of a
 
 class BoundedHeads(HttpToolsProtocol):
     """Answers 431 and closes where a request's head is longer than `max_bytes`, 408 where it takes
-    longer than `seconds`.
+    longer than `seconds`, 400 where it is no HTTP.
 
     A head that begins in the same read as the end of another request (pipelining) is counted from
     the next read on: it may be longer by that one read. What follows the chunks of a chunked body
@@ -37,12 +41,18 @@ class BoundedHeads(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._cycles: list[RequestResponseCycle] = []  # answered now, and pipelined behind that
         self._room = self.max_bytes
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._end_cycles()
         super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        """The transport closes itself behind this."""
+        self._end_cycles()
 
     def data_received(self, data: bytes) -> None:
         while data and not self.transport.is_closing():
@@ -56,6 +66,9 @@ class BoundedHeads(HttpToolsProtocol):
         self._stop_timer()
         self._in_message = True
         super().on_headers_complete()
+        self._cycles = [each for each in self._cycles if not each.response_complete]
+        if self.cycle is not None and self.cycle not in self._cycles:
+            self._cycles.append(self.cycle)
 
     def on_message_complete(self) -> None:
         self._open_head()
@@ -69,6 +82,10 @@ class BoundedHeads(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._close_head()
         super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """What the parser cannot read; it calls this."""
+        self._refuse(400, "this is no valid HTTP/1.1 request", "invalid_http")
 
     def _feed(self, piece: bytes) -> None:
         open_before, number = self._in_head, self._num_heads
@@ -101,7 +118,7 @@ class BoundedHeads(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._timer = None
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not all(each.response_complete for each in self._cycles):
             self._start_timer()  # an answer is under way: its client may take its time
         elif self._room == self.max_bytes:
             self.transport.close()  # not a byte came, so nothing was asked
@@ -114,12 +131,24 @@ class BoundedHeads(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         # Into an answer that is under way nothing can be written: the client just loses it.
-        if self.cycle is None or self.cycle.response_complete:
+        if all(each.response_complete for each in self._cycles):
             error = RequestError(message, code=code)
             error.status = status
             self.transport.write(refusal(error, self.server_state.default_headers))
+        self._end_cycles()
         self._stop_timer()
         self.transport.close()
+
+    def _end_cycles(self) -> None:
+        """Let every answer know that nobody takes it any more, before the transport is closed.
+
+        uvicorn tells the last of pipelined requests only, and that when the loop says the
+        connection is lost: until then the others write into a closed transport, which raises.
+        """
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+            cycle.message_event.set()
 
 
 def bounded_heads(max_bytes: int) -> type[BoundedHeads]:

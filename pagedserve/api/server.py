@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import time
@@ -256,6 +257,8 @@ def http_server(app: ASGIApp, gate: Gate) -> uvicorn.Server:
         timeout_graceful_shutdown=5 * CLOSE_SECONDS,  # long after our own cut
     )
     config.load()
+    # Its warnings are of clients that speak no HTTP; they are told, and could fill a disk with it.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config.ssl = gate.tls
     return Server(config)
 
