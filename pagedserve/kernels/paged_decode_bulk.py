@@ -22,7 +22,7 @@ from torch import Tensor
 from pagedserve.kernels.paged_decode import Shape
 from pagedserve.kernels.paged_decode_cuda import HALF, MAX_GROUP, SIZES, TILE, Native
 
-MIN_ROWS = 16  # with fewer a row is cut into so many bins that its merge takes longest
+MIN_ROWS = 64  # with fewer a row is cut into so many bins that its merge takes longest
 MAX_HEADS = 8  # key/value heads of a block of threads
 MIN_TILES = 4  # of a bin
 RING_BYTES = 192 << 10  # of a multiprocessor: what is on its way, and what is being multiplied

@@ -109,7 +109,7 @@ class Inputs:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     message,
     tables,
@@ -188,7 +188,7 @@ def tables_kernel(
         tl.store(row_tables + row.to(tl.int64) * row_stride + e, block, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def tokens_kernel(
     query_start_loc,
     seq_lens,
@@ -234,7 +234,7 @@ def tokens_kernel(
     tl.store(slot_mapping + t, block * PAGE + offset, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def append_kernel(
     drawn,
     finite,

@@ -299,10 +299,11 @@ def test_the_backend_decodes_many_rows_by_it_beside_prompts_too(
 
 def test_what_it_cannot_do_is_said() -> None:
     shape = Shape(kv_heads=2, group=4, width=64)
-    q = torch.zeros(16, 8, 64, dtype=torch.bfloat16)
+    rows = paged_decode_bulk.MIN_ROWS
+    q = torch.zeros(rows, 8, 64, dtype=torch.bfloat16)
     kv = torch.zeros(3, 2, 16, 2, 64, dtype=torch.bfloat16)
-    tables, lens = torch.zeros(16, 5, dtype=torch.int32), torch.ones(16, dtype=torch.int32)
-    starts = torch.arange(17, dtype=torch.int32)
+    tables, lens = torch.zeros(rows, 5, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
+    starts = torch.arange(rows + 1, dtype=torch.int32)
 
     def reason(
         shape: Shape = shape,
@@ -316,7 +317,7 @@ def test_what_it_cannot_do_is_said() -> None:
         return paged_decode_bulk.refusal(*given, **options) or ""
 
     assert reason() == ""
-    assert "15 rows are less than 16" in reason(lens=lens[:15])
+    assert f"{rows - 1} rows are less than {rows}" in reason(lens=lens[1:])
     assert "softcap" in reason(softcap=3.0)
     assert "biases" in reason(slopes=torch.zeros(8))
     assert "64 or 128" in reason(replace(shape, width=96))
@@ -327,7 +328,7 @@ def test_what_it_cannot_do_is_said() -> None:
     assert "torch.float32" in reason(q=q.float(), kv=kv.float())
     assert "torch.float16" in reason(q=q.half())
     assert "torch.int64 are not int32" in reason(starts=starts.long())
-    odd = torch.zeros(16 * 513, dtype=torch.bfloat16).view(16, 513)[:, :512].view(16, 8, 64)
+    odd = torch.zeros(rows, 513, dtype=torch.bfloat16)[:, :512].view(rows, 8, 64)
     assert "queries are not aligned" in reason(q=odd)
     shifted = torch.zeros(3 * 4096 + 4, dtype=torch.bfloat16)[4:].view(3, 2, 16, 2, 64)
     assert "keys are not aligned" in reason(kv=shifted)

@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 from contextlib import suppress
+from typing import BinaryIO
 
 import msgspec
 
@@ -79,9 +80,16 @@ def main() -> int:
     (start,) = struct.unpack("<d", given)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         outcomes = runner.run(ask_all(plan, start))
-    sink.write(msgspec.msgpack.encode(outcomes))
-    sink.flush()
+    write_all(sink, msgspec.msgpack.encode(outcomes))
     return 0
+
+
+def write_all(sink: BinaryIO, data: bytes) -> None:
+    """All of it: with PYTHONUNBUFFERED a write to a pipe may take a part."""
+    left = memoryview(data)
+    while left:
+        left = left[sink.write(left) or 0 :]
+    sink.flush()
 
 
 async def ask_all(plan: Plan, start: float) -> list[Outcome]:

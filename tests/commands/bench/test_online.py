@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 
 from pagedserve.cli import main
 from pagedserve.commands.bench import machine
+from pagedserve.commands.bench.client import write_all
 from tests.api.serving import Server
 from tests.commands.bench.misbehaving import (
     DONE,
@@ -360,3 +363,13 @@ def test_an_interrupted_run_leaves_no_process_and_no_traceback() -> None:
         shown, _ = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in shown
     assert not Path(f"/proc/{client}").exists()
+
+
+def test_outcomes_are_written_whole_where_a_write_takes_a_part() -> None:
+    class Pipe(io.BytesIO):
+        def write(self, data: Any) -> int:
+            return super().write(bytes(data[:7]))
+
+    sink, data = Pipe(), random.randbytes(100)
+    write_all(sink, data)
+    assert sink.getvalue() == data
