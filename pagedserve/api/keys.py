@@ -81,6 +81,9 @@ class Keys:
         if self._path is None:
             return
         try:
+            if self._path.exists() and not self._path.is_file():  # a pipe's reader waits for ever
+                self._seen = self._signature()
+                raise StartupError(f"--api-key-file {self._path} is no plain file to read again")
             self._read()
             log.warning("--api-key-file was read again: %d keys", len(self._entries))
         except StartupError as error:

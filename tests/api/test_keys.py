@@ -163,6 +163,22 @@ def test_a_changed_file_holds_and_a_broken_one_changes_nothing(
     assert keys.tenant(b"new") is None and keys.tenant(b"last") is not None
 
 
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("a:k-one\n")
+    clock = Clock()
+    keys = Keys(None, str(path), clock)
+    path.unlink()
+    os.mkfifo(path)
+    for _ in range(3):
+        clock.now += 2.0
+        assert keys.tenant(b"k-one") is not None
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "is no plain file" in caplog.text
+
+
 def test_a_key_gives_its_requests_no_better_priority_than_its_own() -> None:
     usual, night = Tenant(1, "a", best_priority=0), Tenant(2, "n", best_priority=5)
     assert [usual.priority(None), usual.priority(3), night.priority(None)] == [0, 3, 5]
