@@ -58,7 +58,7 @@ def build(recipe: Recipe, directory: Path, *, otherwise: str, needed: bool) -> b
     began = time.monotonic()
     try:
         there = extension.find(recipe, [directory]) is not None
-        path = extension.library(recipe, [directory])
+        path = extension.shared_library(recipe, [directory])
     except extension.NoCompiler as reason:
         if needed:
             raise StartupError(f"{reason}; {otherwise}") from reason

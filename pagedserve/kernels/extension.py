@@ -116,13 +116,13 @@ def load_once() -> ctypes.CDLL | None:
     if not config.cpu_kernels_wanted():
         return None
     try:
-        return ctypes.CDLL(str(library(CPU, config.kernel_directories())))
+        return ctypes.CDLL(str(shared_library(CPU, config.kernel_directories())))
     except (Unavailable, OSError) as reason:
         log.warning("no C++ kernels, torch computes instead (slower): %s", reason)
         return None
 
 
-def library(recipe: Recipe, directories: Sequence[Path]) -> Path:
+def shared_library(recipe: Recipe, directories: Sequence[Path]) -> Path:
     """The library in one of `directories`, compiled into the last if it is in none.
 
     Raises Unavailable or OSError.

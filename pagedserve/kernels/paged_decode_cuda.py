@@ -115,7 +115,7 @@ def build_behind() -> threading.Thread | None:
 
     def build() -> None:
         try:
-            extension.library(recipe, directories)
+            extension.shared_library(recipe, directories)
         except (extension.Unavailable, OSError) as reason:
             log.info("no CUDA kernels, Triton's serve: %s", reason)
 

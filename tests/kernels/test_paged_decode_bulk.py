@@ -17,18 +17,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from pagedserve import config
 from pagedserve.attention.triton import TritonAttention, shape_of
 from pagedserve.device import pick
-from pagedserve.kernels import extension, kv_write, paged_decode_bulk, paged_decode_cuda
+from pagedserve.kernels import kv_write, paged_decode_bulk
 from pagedserve.kernels.paged_decode import Shape
 from pagedserve.kernels.paged_decode_bulk import CacheMaps, Tuning
 from pagedserve.kernels.paged_decode_cuda import Native
-from pagedserve.spec import Attn
-from tests.kernels.paged import Paged, attend, batch_of, error, paged
+from tests.kernels.native import COMMON, LIMITS, SMALL, built, check, rows_and_counts, rows_of
+from tests.kernels.paged import Paged, attend, batch_of, error
 
-COMMON = Attn(heads=32, kv_heads=8, head_dim=128, scale=128**-0.5)
-SMALL = Attn(heads=16, kv_heads=2, head_dim=64, scale=0.125)
 FEATURES = {
     "four heads a key": COMMON,
     "two heads a key": replace(COMMON, heads=16),
@@ -53,29 +50,12 @@ FEATURES = {
     "heads of 64, everything": replace(SMALL, window=700, chunk=512, sinks=True),
 }
 LENGTHS = [1000, 1, 4097, 33, 16, 700, 17, 2048, 15, 5, 64, 999]
-LIMITS = {torch.bfloat16: 6e-3, torch.float16: 1.5e-3}
 
 
 @pytest.fixture(scope="module")
 def native() -> Native:
     """The kernels, built if they are not yet."""
-    if torch.cuda.get_device_capability() != paged_decode_cuda.CAPABILITY:
-        pytest.skip("needs a GPU of capability 9.0")
-    try:
-        return Native(str(extension.library(extension.CUDA, config.kernel_directories())))
-    except extension.Unavailable as reason:
-        pytest.skip(str(reason))
-
-
-def rows_of(lengths: list[int], attn: Attn = COMMON, **options: Any) -> Paged:
-    """Rows of one token each."""
-    return rows_and_counts([(n, 1) for n in lengths], attn, **options)
-
-
-def rows_and_counts(rows: list[tuple[int, int]], attn: Attn = COMMON, **options: Any) -> Paged:
-    """Rows (context, tokens to compute)."""
-    chosen = {"block_size": 16, "dtype": torch.bfloat16, "device": "cuda", "index": torch.int32}
-    return paged(attn, rows, **(chosen | options))
+    return built()
 
 
 def plan_of(
@@ -113,14 +93,6 @@ def launch(
 def decode(native: Native, case: Paged, tuning: Tuning | None = None) -> Tensor:
     """Planned and computed."""
     return launch(native, case, plan_of(native, case, tuning))
-
-
-def check(out: Tensor, case: Paged) -> None:
-    """Against the formula, as a whole and each row."""
-    wanted, limit = attend(case), LIMITS[out.dtype]
-    assert error(out, wanted) < limit
-    worst = (out.float() - wanted).abs().amax((1, 2)) / wanted.abs().amax((1, 2))
-    assert worst.max() < 8 * limit, "a whole row is wrong"
 
 
 @pytest.mark.gpu

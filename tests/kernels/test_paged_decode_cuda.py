@@ -18,17 +18,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from pagedserve import config
 from pagedserve.attention.triton import Processors, TritonAttention, shape_of
 from pagedserve.device import pick
 from pagedserve.kernels import extension, kv_write, paged_decode_cuda
 from pagedserve.kernels.paged_decode import Shape
 from pagedserve.kernels.paged_decode_cuda import Native, Tuning
 from pagedserve.spec import Attn
-from tests.kernels.paged import Paged, attend, batch_of, error, paged
+from tests.kernels.native import COMMON, LIMITS, SMALL, built, check, rows_of
+from tests.kernels.paged import Paged, batch_of, paged
 
-COMMON = Attn(heads=32, kv_heads=8, head_dim=128, scale=128**-0.5)
-SMALL = Attn(heads=16, kv_heads=2, head_dim=64, scale=0.125)
 FEATURES = {
     "four heads a key": COMMON,
     "two heads a key": replace(COMMON, heads=16),
@@ -52,24 +50,12 @@ LENGTHS = [1000, 1, 4097, 33, 16, 700, 17, 2048]
 TUNINGS = [
     Tuning(cluster, stages) for cluster, stages in itertools.product((1, 2, 4, 8, 16), (1, 2))
 ]
-LIMITS = {torch.bfloat16: 6e-3, torch.float16: 1.5e-3}
 
 
 @pytest.fixture(scope="module")
 def native() -> Native:
     """The kernels, built if they are not yet."""
-    if torch.cuda.get_device_capability() != paged_decode_cuda.CAPABILITY:
-        pytest.skip("needs a GPU of capability 9.0")
-    try:
-        return Native(str(extension.library(extension.CUDA, config.kernel_directories())))
-    except extension.Unavailable as reason:
-        pytest.skip(str(reason))
-
-
-def rows_of(lengths: list[int], attn: Attn = COMMON, **options: Any) -> Paged:
-    """Rows of one token each."""
-    chosen = {"block_size": 16, "dtype": torch.bfloat16, "device": "cuda", "index": torch.int32}
-    return paged(attn, [(n, 1) for n in lengths], **(chosen | options))
+    return built()
 
 
 def decode(
@@ -98,14 +84,6 @@ def decode(
         first=first,
     )
     return out
-
-
-def check(out: Tensor, case: Paged) -> None:
-    """Against the formula, as a whole and each row."""
-    wanted, limit = attend(case), LIMITS[out.dtype]
-    assert error(out, wanted) < limit
-    worst = (out.float() - wanted).abs().amax((1, 2)) / wanted.abs().amax((1, 2))
-    assert worst.max() < 8 * limit, "a whole row is wrong"
 
 
 @pytest.mark.gpu
@@ -294,7 +272,7 @@ def test_a_cluster_is_as_large_as_the_gpu_has_place_for(
 def test_nvcc_makes_a_library_of_it(tmp_path: Path) -> None:
     """Where there is no GPU it loads, and says that."""
     try:
-        path = extension.library(extension.CUDA, [tmp_path])
+        path = extension.shared_library(extension.CUDA, [tmp_path])
     except extension.NoCompiler as reason:
         pytest.skip(str(reason))
     if torch.cuda.is_available():
